@@ -1,0 +1,1 @@
+"""The agent inside the guest (package ballast-agent)."""

@@ -1,0 +1,1 @@
+"""All kernel ABI: thin, raises OSError, holds no policy and logs nothing."""

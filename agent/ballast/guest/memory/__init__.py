@@ -1,0 +1,1 @@
+"""The guest's memory: pressure, demand and memory blocks."""

@@ -1,0 +1,1 @@
+"""Ways in: each module yields connections, and nothing else."""

@@ -1,0 +1,54 @@
+# Ballast. On a fresh Debian 12 with git, make and Debian's Python, `make demo` and `make test` do everything.
+
+# Debian's own: the guest's libraries come from its packages and are built for no other Python.
+PYTHON := /usr/bin/python3
+PYTEST := .venv/bin/python -m pytest
+VENV   := .venv/.complete
+DEBS   := dist/.complete
+
+.PHONY: help deps venv lint packages test test-unit test-kernel test-vm demo faults clean
+
+help: ## this list
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+
+deps: ## install what is missing on this machine (as root; otherwise print the line to run)
+	@tools/deps
+
+venv: $(VENV) ## the development environment, in .venv
+
+lint: $(VENV) ## format, lint, types, imports, spelling, shell scripts, units
+	$(PYTEST) tests/unit/test_style.py --durations=0 --no-header -q
+
+packages: $(DEBS) ## Debian packages, into dist/
+
+test: $(VENV) $(DEBS) ## all three rooms of tests, and lint
+	$(PYTEST)
+
+test-unit: $(VENV) ## no root, seconds
+	$(PYTEST) tests/unit
+
+test-kernel: $(VENV) ## as root: real freezes, on loop devices
+	$(PYTEST) tests/kernel
+
+test-vm: $(VENV) $(DEBS) ## in guests under QEMU, with the packages installed
+	$(PYTEST) tests/vm
+
+demo: $(VENV) $(DEBS) ## a guest, live: pressure, hot-added memory, a consistent snapshot
+	.venv/bin/python -m tests.lab.demo
+
+faults: $(VENV) $(DEBS) ## everything that may die while a guest is frozen, twenty times each
+	.venv/bin/python -m tests.vm.faults
+
+clean: ## remove what make has built; guests' images stay in the cache
+	rm -rf .venv dist agent/*.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find agent tests -name __pycache__ -prune -exec rm -rf {} +
+
+# pip gets what pyproject.toml names; the guest's libraries are the system's.
+$(VENV): pyproject.toml | deps
+	$(PYTHON) -m venv --system-site-packages .venv
+	.venv/bin/pip install --quiet --disable-pip-version-check --editable '.[host,dev]'
+	touch $@
+
+$(DEBS): $(shell find agent units packaging docs/man -type f -not -name '*.pyc' -not -path '*.egg-info/*') | deps
+	packaging/build
+	touch $@

@@ -1,0 +1,57 @@
+"""The linters, as tests. One that is not installed skips, and fails under BALLAST_REQUIRE=all."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# Cold caches on a busy machine.
+pytestmark = pytest.mark.timeout(300)
+
+
+def run(tool: str, *arguments: str | Path) -> None:
+    """Fail with the tool's own output, and nothing of Python's; skip if there is no such tool."""
+    program = shutil.which(tool, path=sysconfig.get_path("scripts")) or shutil.which(tool)
+    if program is None:
+        pytest.skip(f"{tool} is not installed")
+    result = subprocess.run(
+        [program, *arguments], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
+    )
+    if result.returncode != 0:
+        pytest.fail(f"{tool}:\n{result.stdout}", pytrace=False)
+
+
+def shell_scripts() -> list[Path]:
+    """Every file of ours that a shell runs, whatever its name."""
+    folders = [ROOT / name for name in (".ci", "packaging", "tests", "tools", "units")]
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    return [path for path in files if path.read_bytes().startswith((b"#!/bin/sh", b"#!/bin/bash"))]
+
+
+def test_code_is_formatted() -> None:
+    run("ruff", "format", "--check", "--diff", "--quiet")
+
+
+def test_code_has_no_lint() -> None:
+    run("ruff", "check", "--quiet", "--output-format=concise")
+
+
+def test_types_hold() -> None:
+    run("mypy")
+
+
+def test_imports_keep_to_the_design() -> None:
+    run("lint-imports", "--no-logo")
+
+
+def test_words_are_spelled() -> None:
+    run("codespell")
+
+
+def test_shell_scripts_have_no_lint() -> None:
+    run("shellcheck", *shell_scripts())

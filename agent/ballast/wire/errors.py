@@ -29,7 +29,8 @@ class AgentError(Exception):
     wire_class: ClassVar[str] = "GenericError"
     reason: ClassVar[str] = ""
 
-    def __init__(self, desc: str, **data: Any) -> None:
+    # Positional only: a peer's data may hold members named desc and self.
+    def __init__(self, desc: str, /, **data: Any) -> None:
         super().__init__(desc)
         self.desc = desc
         self.data = data

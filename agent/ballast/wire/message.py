@@ -250,10 +250,18 @@ def parse_answer(value: Any) -> Reply | Failure | Event:
             )
             return Failure(known, echo_of(value))
         if isinstance(value.get("event"), str):
-            stamp = value.get("timestamp") or {}
-            timestamp_us = int(stamp.get("seconds", 0)) * 1_000_000 + int(stamp.get("microseconds", 0))
-            return Event(value["event"], value.get("data") or {}, int(value.get("seq", 0)), timestamp_us)
+            data, seq = value.get("data", {}), value.get("seq", 0)
+            if isinstance(data, dict) and isinstance(seq, int):
+                return Event(value["event"], data, seq, _timestamp_us(value.get("timestamp")))
     raise BadRequest("the agent sent something that is neither a reply nor an event")
+
+
+def _timestamp_us(stamp: Any) -> int:
+    """Read QMP's ``{"seconds", "microseconds"}``; 0 for anything else, since no event is worth losing for its time."""
+    if not isinstance(stamp, dict):
+        return 0
+    seconds, microseconds = stamp.get("seconds"), stamp.get("microseconds")
+    return seconds * 1_000_000 + microseconds if isinstance(seconds, int) and isinstance(microseconds, int) else 0
 
 
 def _line(value: dict[str, Any]) -> bytes:

@@ -92,8 +92,9 @@ class Decoder:
 
     def _scan(self) -> int:
         """Return where the first message ends, or 0; each byte is looked at once."""
+        looked_at = self._scanned
         for token in _STRUCTURE.finditer(self._pending, self._scanned):
-            char = token.group()
+            char, looked_at = token.group(), token.end()
             if self._quote:
                 if char == self._quote:
                     self._quote = b""
@@ -106,8 +107,8 @@ class Decoder:
                 if self._depth <= 0:
                     return token.end()
         # A backslash at the very end is half a token: look at it again when the next byte is there.
-        escaped = self._pending.endswith(b"\\") and (len(self._pending) - len(self._pending.rstrip(b"\\"))) % 2
-        self._scanned = len(self._pending) - (1 if escaped else 0)
+        half = looked_at < len(self._pending) and self._pending.endswith(b"\\")
+        self._scanned = len(self._pending) - (1 if half else 0)
         return 0
 
 

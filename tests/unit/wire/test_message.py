@@ -16,6 +16,10 @@ from ballast.wire.message import Decoder, Event, Failure, Reply, Request, echo_o
 STRAY = "JSON parse error, stray '\ufffd'"
 
 
+PING = {"execute": "guest-ping", "arguments": {}, "id": 7}
+PING_LINE = Request("guest-ping", {}, {"id": 7}).encode()
+
+
 def decode(*chunks: bytes, limit_bytes: int = 1 << 20) -> list[Any]:
     """All values of a stream; a BadRequest as its text."""
     decoder = Decoder(limit_bytes)
@@ -92,6 +96,15 @@ def test_what_is_held_stays_bounded() -> None:
         assert len(decoder._pending) <= 64 + 63
 
 
+@pytest.mark.parametrize("char", [b"\\", b"'", b"[", b"}", b" ", b"x"])
+def test_a_line_that_comes_byte_by_byte_is_looked_at_once(char: bytes) -> None:
+    """Looking back at what is pending with each byte would take minutes, and run into the room's time limit."""
+    decoder = Decoder()
+    for _ in range(200_000):
+        list(decoder.feed(char))
+    assert list(decoder.feed(b"\n" + PING_LINE))[-1] == PING
+
+
 # Fragments that matter to the decoder, so that random streams of them reach its corners.
 FRAGMENTS = st.sampled_from(
     [bytes([char]) for char in b"{}[]\"'\\\n\xff :,1a\xc3\xa4"]
@@ -99,8 +112,6 @@ FRAGMENTS = st.sampled_from(
 )
 STREAMS = st.one_of(st.lists(FRAGMENTS, max_size=60).map(b"".join), st.binary(max_size=200))
 LIMITS = st.sampled_from([16, 64, 1 << 20])
-PING = {"execute": "guest-ping", "arguments": {}, "id": 7}
-PING_LINE = Request("guest-ping", {}, {"id": 7}).encode()
 
 
 @given(stream=STREAMS, cuts=st.lists(st.integers(0, 400), max_size=20), limit_bytes=LIMITS)

@@ -17,7 +17,7 @@ deps: ## install what is missing on this machine (as root; otherwise print the l
 venv: $(VENV) ## the development environment, in .venv
 
 lint: $(VENV) ## format, lint, types, imports, spelling, shell scripts, units
-	$(PYTEST) tests/unit/test_style.py --durations=0 --no-header -q
+	$(PYTEST) tests/unit/test_style.py -q
 
 packages: $(DEBS) ## Debian packages, into dist/
 

@@ -34,7 +34,10 @@ def wire_name(python_name: str) -> str:
 
 
 def to_wire(value: Any) -> Any:
-    """Make a JSON value of a record: a field whose default is None is left out when it is None."""
+    """Make a JSON value of a record: a field whose default is None is left out when it is None.
+
+    Keys of mappings are wire names already.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {
             name: to_wire(item)
@@ -44,7 +47,7 @@ def to_wire(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [to_wire(item) for item in value]
     if isinstance(value, Mapping):
-        return {wire_name(str(key)): to_wire(item) for key, item in value.items()}
+        return {key: to_wire(item) for key, item in value.items()}
     return value
 
 
@@ -68,7 +71,8 @@ def read_record(record: type[T], value: Any, *, where: str = "", strict: bool = 
     """Build the dataclass ``record`` from a JSON object; unknown fields are ignored unless ``strict``."""
     if not isinstance(value, dict):
         raise _wrong_type(where, "object")
-    return record(**read_parameters(parameters_of(record), value, where=where, strict=strict))
+    expected = parameters_of(typing.cast("Any", record))
+    return record(**read_parameters(expected, value, where=where, strict=strict))
 
 
 def read_parameters(
@@ -99,7 +103,8 @@ def read_value(annotation: Any, value: Any, where: str, *, strict: bool) -> Any:
         return read_record(typing.cast("type[Any]", annotation), value, where=where, strict=strict)
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
-        return None if value is None and type(None) in args else _read_union(args, value, where, strict=strict)
+        # QEMU's visitor takes no null for an optional argument; records may hold one.
+        return None if value is None and not strict else _read_union(args, value, where, strict=strict)
     if origin is typing.Literal:
         return _read_choice(args, value, where)
     if origin in (list, tuple):
@@ -116,7 +121,7 @@ def _read_scalar(annotation: Any, value: Any, where: str) -> Any:
     if not isinstance(value, accepted) or (isinstance(value, bool) and annotation is not bool):
         raise _wrong_type(where, expected)
     # QEMU's lexer makes a double of an integer that fits no 64 bits, and a double is no integer.
-    if annotation is int and not _INT64_MIN <= value <= _INT64_MAX:
+    if annotation is int and isinstance(value, int) and not _INT64_MIN <= value <= _INT64_MAX:
         raise _wrong_type(where, expected)
     return value
 

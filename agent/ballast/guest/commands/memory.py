@@ -1,0 +1,91 @@
+"""Commands about memory: ours, and the QEMU guest agent's guest-*-memory-block*.
+
+guest-*-memory-block* as in QEMU 10.0's qga/qapi-schema.json and qga/commands-linux.c.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ballast.guest.dispatch import command
+from ballast.guest.memory.blocks import Blocks
+from ballast.guest.memory.status import MemoryFacts
+from ballast.wire.errors import BadRequest
+from ballast.wire.names import MemoryStatus, OnlineResult, Zone
+
+
+@dataclass(frozen=True, slots=True)
+class GuestMemoryBlock:
+    """QGA's: ``can-offline`` is sysfs' ``removable``; absent in a request."""
+
+    phys_index: int
+    online: bool
+    can_offline: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GuestMemoryBlockResponse:
+    """QGA's; ``error-code`` is an errno."""
+
+    phys_index: int
+    response: Literal["success", "not-found", "operation-not-supported", "operation-failed"]
+    error_code: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GuestMemoryBlockInfo:
+    """QGA's: the size of one block in bytes."""
+
+    size: int
+
+
+class MemoryCommands:
+    """Thin: the facts come from ``memory.status``, the hands are ``memory.blocks``."""
+
+    def __init__(self, facts: MemoryFacts, blocks: Blocks) -> None:
+        self._facts = facts
+        self._blocks = blocks
+
+    @command("ballast-memory-status", while_frozen=True)
+    async def status(self) -> MemoryStatus:
+        """All about memory in one reading. Since 0.1."""
+        return self._facts.read()
+
+    @command("ballast-memory-online", audited=True)
+    async def online(
+        self,
+        *,
+        bytes: int | None = None,
+        blocks: list[int] | None = None,
+        zone: Zone = "auto",
+    ) -> OnlineResult:
+        """Bring offline blocks online: ``bytes`` of them, or those in ``blocks``, or all.
+
+        Never more than ``bytes``; auto picks the zone by the zone rule. Partial success is told block by block.
+        Errors: bad-argument, not-supported. Since 0.1.
+        """
+        if bytes is not None and blocks is not None:
+            raise BadRequest("Parameter 'bytes' and parameter 'blocks' exclude each other", argument="bytes")
+        if bytes is not None and bytes < 0:
+            raise BadRequest("Parameter 'bytes' expects 0 or more", argument="bytes")
+        return await self._blocks.online(bytes_=bytes, indexes=blocks, zone=zone)
+
+    @command("guest-get-memory-blocks")
+    async def get_memory_blocks(self) -> list[GuestMemoryBlock]:
+        """Every block of this guest. Since QGA 2.3."""
+        return [GuestMemoryBlock(b.phys_index, b.is_online, b.is_removable) for b in self._blocks.read_all()]
+
+    @command("guest-set-memory-blocks", audited=True)
+    async def set_memory_blocks(self, *, mem_blks: list[GuestMemoryBlock]) -> list[GuestMemoryBlockResponse]:
+        """Bring blocks online or offline one by one; one already in that state is a success. Since QGA 2.3."""
+        responses = []
+        for wanted in mem_blks:
+            result, error_code = await self._blocks.set_state(wanted.phys_index, online=wanted.online)
+            responses.append(GuestMemoryBlockResponse(wanted.phys_index, result, error_code))
+        return responses
+
+    @command("guest-get-memory-block-info")
+    async def get_memory_block_info(self) -> GuestMemoryBlockInfo:
+        """Size of a block. Since QGA 2.3."""
+        return GuestMemoryBlockInfo(self._blocks.block_size_bytes())

@@ -1,0 +1,159 @@
+"""The agent's configuration: TOML -> frozen dataclasses.
+
+``/etc/ballast/agent.toml``, then ``/etc/ballast/agent.d/*.toml`` in order of their names; a later file wins key by
+key. A wrong key or value stops the start: an agent that guesses what its administrator meant is no use in a backup.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+T = TypeVar("T")
+
+
+class ConfigError(Exception):
+    """A file, a key in it, and what is wrong with it."""
+
+    def __init__(self, path: Path, key: str, reason: str) -> None:
+        super().__init__(f"{path}: {key}: {reason}" if key else f"{path}: {reason}")
+
+
+def between(least: int, most: int) -> dict[str, Any]:
+    """Metadata of a field: the range that its value must be in."""
+    return {"least": least, "most": most}
+
+
+@dataclass(frozen=True, slots=True)
+class Agent:
+    """[agent]"""
+
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+@dataclass(frozen=True, slots=True)
+class Transports:
+    """[transports]: an empty name switches a transport off."""
+
+    vsock: bool = True
+    virtio_serial: str = "org.ballast.agent.0"
+    unix: str = "/run/ballast/agent.sock"
+    trust_privileged_port: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """[policy]: with a list ``allow`` only its commands, without those of ``block``."""
+
+    allow: tuple[str, ...] = ()
+    block: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """[limits]: what a peer can make grow."""
+
+    peers: int = field(default=64, metadata=between(1, 1024))
+    queue_bytes: int = field(default=1 << 18, metadata=between(1 << 14, 1 << 24))
+    triggers: int = field(default=32, metadata=between(1, 1024))
+    write_timeout_ms: int = field(default=30_000, metadata=between(100, 600_000))
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """[memory]"""
+
+    online: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Quiesce:
+    """[quiesce]: ``lease_ms`` is that of guest-fsfreeze-freeze, which names none."""
+
+    lease_ms: int = field(default=120_000, metadata=between(1_000, 600_000))
+    open_timeout_ms: int = field(default=5_000, metadata=between(100, 60_000))
+    sync_timeout_ms: int = field(default=30_000, metadata=between(0, 600_000))
+    freeze_timeout_ms: int = field(default=10_000, metadata=between(100, 600_000))
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """The whole of it, one field a table."""
+
+    agent: Agent = Agent()
+    transports: Transports = Transports()
+    policy: Policy = Policy()
+    limits: Limits = Limits()
+    memory: Memory = Memory()
+    quiesce: Quiesce = Quiesce()
+
+
+def read_config(path: Path, drop_ins: Path) -> Config:
+    """Read ``path`` and each ``*.toml`` in ``drop_ins``; absent files are no error. ConfigError, OSError."""
+    tables: dict[str, dict[str, Any]] = {}
+    for file in [path, *sorted(drop_ins.glob("*.toml"))]:
+        try:
+            content = tomllib.loads(file.read_text())
+        except FileNotFoundError:
+            continue
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(file, "", str(error)) from error
+        for name, values in _check_file(file, content).items():
+            tables.setdefault(name, {}).update(values)
+    kinds = typing.get_type_hints(Config)
+    return Config(**{name: kinds[name](**values) for name, values in tables.items()})
+
+
+def _check_file(path: Path, content: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    kinds = typing.get_type_hints(Config)
+    for name, table in content.items():
+        if name not in kinds:
+            raise ConfigError(path, name, f"unknown table, expected one of {', '.join(kinds)}")
+        if not isinstance(table, dict):
+            raise ConfigError(path, name, "expected a table")
+    return {name: _check_table(path, name, kinds[name], table) for name, table in content.items()}
+
+
+def _check_table(path: Path, table: str, kind: type, values: dict[str, Any]) -> dict[str, Any]:
+    fields = {f.name.replace("_", "-"): f for f in dataclasses.fields(kind)}
+    hints = typing.get_type_hints(kind)
+    result = {}
+    for key, value in values.items():
+        where = f"{table}.{key}"
+        if key not in fields:
+            raise ConfigError(path, where, f"unknown key, expected one of {', '.join(fields)}")
+        field_ = fields[key]
+        result[field_.name] = _check_value(path, where, hints[field_.name], field_.metadata, value)
+    return result
+
+
+def _check_value(path: Path, where: str, annotation: Any, limits: Any, value: Any) -> Any:
+    if annotation is bool:
+        return _expect(path, where, value, bool, "true or false")
+    if annotation is int:
+        number = _expect(path, where, value, int, "a whole number")
+        if not limits["least"] <= number <= limits["most"]:
+            raise ConfigError(path, where, f"expected {limits['least']} to {limits['most']}, found {number}")
+        return number
+    if typing.get_origin(annotation) is Literal:
+        choices = typing.get_args(annotation)
+        if value not in choices:
+            raise ConfigError(path, where, f"expected one of {', '.join(choices)}, found {value!r}")
+        return value
+    if annotation is str:
+        return _expect(path, where, value, str, "a string")
+    return tuple(
+        _expect(path, where, item, str, "a list of strings")
+        for item in _expect(path, where, value, list, "a list of strings")
+    )
+
+
+def _expect(path: Path, where: str, value: Any, kind: type[T], expected: str) -> T:
+    # A TOML boolean is an int to Python.
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ConfigError(path, where, f"expected {expected}, found {value!r}")
+    return value

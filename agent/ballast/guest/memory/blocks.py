@@ -1,0 +1,215 @@
+"""Memory blocks: Documentation/admin-guide/mm/memory-hotplug.rst and sysfs-devices-memory (Linux 6.1, 6.12).
+
+A block is what sysfs calls ``memoryN``, 128 MiB on small x86 guests. A hot-added DIMM appears as one range of
+"System RAM" cut into blocks, each offline until somebody writes its ``state``.
+
+The zone rule: a DIMM goes to one zone, whole; movable, so that it can be taken away again, while movable memory stays
+within three times the rest, because the kernel's own data can live only in the rest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from ballast.guest.linux.tree import Tree
+from ballast.guest.linux.zones import parse_ram_ranges, parse_zoneinfo
+from ballast.guest.threads import in_thread
+from ballast.wire.errors import BadRequest, KernelFailure, NotSupported
+from ballast.wire.names import BlockCounts, BlockResult, OnlineResult, Zone
+
+MEMORY = "sys/devices/system/memory"
+MOVABLE_RATIO = 3
+OFFLINE_S = 10.0
+_PAGE_BYTES = 4096  # zoneinfo counts base pages; x86 and the default on arm64
+
+QgaResult = Literal["success", "not-found", "operation-not-supported", "operation-failed"]
+
+# Offlining retries for ever while a page cannot be moved, and only a signal ends it: so a child does it. Its status
+# is the errno.
+_OFFLINE_PROGRAM = """
+import os, sys
+try:
+    os.write(os.open(sys.argv[1], os.O_WRONLY), b"offline")
+except OSError as error:
+    sys.exit(error.errno)
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One memory block as sysfs shows it."""
+
+    phys_index: int
+    is_online: bool
+    is_removable: bool
+
+
+class Blocks:
+    """The guest's memory blocks. Reading is quick; onlining takes milliseconds a block and goes to a thread."""
+
+    def __init__(self, tree: Tree) -> None:
+        self._tree = tree
+        self._onlining = asyncio.Lock()
+
+    def block_size_bytes(self) -> int:
+        """Size of every block. NotSupported where the kernel has no memory hot-plug."""
+        try:
+            return int(self._tree.read(f"{MEMORY}/block_size_bytes"), 16)
+        except OSError as error:
+            raise NotSupported("this kernel has no memory blocks") from error
+
+    def read_all(self) -> list[Block]:
+        """Every block, by rising index. NotSupported."""
+        self.block_size_bytes()
+        found = []
+        for index in self._indexes():
+            try:
+                online = self._tree.read(f"{MEMORY}/memory{index}/state") == "online"
+                removable = self._tree.read(f"{MEMORY}/memory{index}/removable") == "1"
+            except OSError:  # unplugged this moment
+                continue
+            found.append(Block(index, online, removable))
+        return found
+
+    def offline_indexes(self) -> list[int]:
+        """Blocks that are there and not online; none without memory hot-plug."""
+        return [index for index in self._indexes() if self._state(index) == "offline"]
+
+    def counts(self) -> BlockCounts:
+        """How many blocks there are of each kind; all zero without memory hot-plug."""
+        try:
+            size_bytes = self.block_size_bytes()
+        except NotSupported:
+            return BlockCounts(0, 0, 0, 0)
+        states = {index: self._state(index) for index in self._indexes()}
+        online = [index for index, state in states.items() if state == "online"]
+        movable = sum(1 for index in online if self._zone(index) == "movable")
+        return BlockCounts(size_bytes, len(online), sum(1 for s in states.values() if s == "offline"), movable)
+
+    async def online(
+        self, *, bytes_: int | None = None, indexes: Sequence[int] | None = None, zone: Zone = "auto"
+    ) -> OnlineResult:
+        """Bring blocks online: those in ``indexes``, or of the offline ones no more than ``bytes_``, or all.
+
+        One result a block; a block that fails does not stop the others. BadRequest for an unknown index.
+        """
+        size_bytes = self.block_size_bytes()
+        if indexes is None:
+            indexes = self.offline_indexes()
+            if bytes_ is not None:
+                indexes = indexes[: bytes_ // size_bytes]
+        unknown = [index for index in indexes if self._state(index) is None]
+        if unknown:
+            raise BadRequest(f"Parameter 'blocks' names no memory block: {unknown}", argument="blocks")
+        async with self._onlining:
+            results = await in_thread(lambda: self._online_now(indexes, zone), name="memory-online")
+        done = sum(1 for result in results if result.result == "done")
+        return OnlineResult(done * size_bytes, results)
+
+    async def set_state(self, index: int, *, online: bool) -> tuple[QgaResult, int | None]:
+        """Bring one block online or offline, with QGA's answer: a result and an errno. Takes ``OFFLINE_S`` at most."""
+        state = self._state(index)
+        if state is None:
+            return "not-found", None
+        if (state == "online") == online:
+            return "success", None
+        path = f"{MEMORY}/memory{index}/state"
+        if online:
+            number = await in_thread(lambda: self._write(path, "online"), name="memory-online")
+        else:
+            number = await self._offline(path)
+        return ("operation-failed", number) if number else ("success", None)
+
+    async def _offline(self, path: str) -> int:
+        child = await asyncio.create_subprocess_exec(
+            sys.executable, "-I", "-S", "-c", _OFFLINE_PROGRAM, str(self._tree.path(path))
+        )
+        try:
+            async with asyncio.timeout(OFFLINE_S):
+                return await child.wait()
+        except TimeoutError:
+            child.kill()
+            await child.wait()
+            return errno.ETIMEDOUT
+
+    def _online_now(self, indexes: Iterable[int], zone: Zone) -> list[BlockResult]:
+        results = []
+        zones = {}
+        for index in indexes:
+            if zone != "auto":
+                chosen: Zone = zone
+            else:
+                dimm = self._dimm_of(index)
+                if dimm not in zones:
+                    zones[dimm] = self._zone_for(dimm)
+                chosen = zones[dimm]
+            results.append(self._online_one(index, chosen))
+        return results
+
+    def _online_one(self, index: int, zone: Zone) -> BlockResult:
+        if self._state(index) == "online":
+            return BlockResult(index, self._zone(index), "already")
+        started_s = time.monotonic()
+        number = self._write(f"{MEMORY}/memory{index}/state", f"online_{zone}")
+        if number:
+            reason = errno.errorcode.get(number, str(number))
+            return BlockResult(index, zone, "failed", reason=reason)
+        return BlockResult(index, zone, "done", online_us=round(1_000_000 * (time.monotonic() - started_s)))
+
+    def _write(self, path: str, value: str) -> int:
+        """Return the errno, 0 if the kernel did it. Blocks for as long as the kernel needs."""
+        try:
+            self._tree.write(path, value)
+        except OSError as error:
+            return error.errno or errno.EIO
+        return 0
+
+    def _dimm_of(self, index: int) -> tuple[int, int]:
+        """The range (first byte, bytes) of RAM that was added in one piece with this block."""
+        size_bytes = self.block_size_bytes()
+        address = index * size_bytes
+        for first, range_bytes in parse_ram_ranges(self._tree.read("proc/iomem")):
+            if first <= address < first + range_bytes:
+                return first, range_bytes
+        return address, size_bytes
+
+    def _zone_for(self, dimm: tuple[int, int]) -> Zone:
+        """The zone of what is online of this DIMM, or else the zone rule's."""
+        first, dimm_bytes = dimm
+        size_bytes = self.block_size_bytes()
+        for index in range(first // size_bytes, (first + dimm_bytes) // size_bytes):
+            if self._state(index) == "online":
+                return "movable" if self._zone(index) == "movable" else "kernel"
+        try:
+            zones = parse_zoneinfo(self._tree.read("proc/zoneinfo"))
+        except OSError as error:
+            raise KernelFailure.of("read", "/proc/zoneinfo", error) from error
+        movable_bytes = zones.movable_pages * _PAGE_BYTES
+        kernel_bytes = zones.kernel_pages * _PAGE_BYTES
+        return "movable" if movable_bytes + dimm_bytes <= MOVABLE_RATIO * kernel_bytes else "kernel"
+
+    def _zone(self, index: int) -> str:
+        """The zone that an online block is in: the one entry of its ``valid_zones``."""
+        try:
+            return (
+                "movable" if self._tree.read(f"{MEMORY}/memory{index}/valid_zones").startswith("Movable") else "kernel"
+            )
+        except OSError:
+            return "kernel"
+
+    def _state(self, index: int) -> str | None:
+        """online, offline or going-offline; None if there is no such block."""
+        try:
+            return self._tree.read(f"{MEMORY}/memory{index}/state")
+        except OSError:
+            return None
+
+    def _indexes(self) -> list[int]:
+        names = self._tree.names(MEMORY)
+        return sorted(int(name[6:]) for name in names if name.startswith("memory") and name[6:].isdigit())

@@ -1,0 +1,136 @@
+"""Memory pressure from PSI: readings, levels, and events that the kernel sends instead of us asking.
+
+Documentation/accounting/psi.rst. A trigger fires at most once a window and shows as POLLPRI, which asyncio's own
+selector does not ask for: the triggers live in an epoll of their own, itself watched by the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import select
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ballast.guest.events import Subscription
+from ballast.guest.linux import psi
+from ballast.guest.linux.tree import Tree
+from ballast.wire.errors import AgentError, BadRequest, Busy, KernelFailure, NotSupported
+from ballast.wire.names import Level, PsiTrigger
+
+PRESSURE_FILE = "proc/pressure/memory"
+DEFAULT_TRIGGERS = (PsiTrigger("some", 150_000, 1_000_000), PsiTrigger("full", 100_000, 1_000_000))
+STALL_PERCENT = 10.0  # from here on ``some`` means medium and ``full`` critical
+
+
+def level_of(some_percent: float, full_percent: float) -> Level:
+    """The level for the shares of time that some task, and every task, was stalled."""
+    if full_percent >= STALL_PERCENT:
+        return "critical"
+    return "medium" if some_percent >= STALL_PERCENT else "low"
+
+
+@dataclass(frozen=True, slots=True)
+class _Armed:
+    trigger: PsiTrigger
+    subscription: Subscription
+
+
+class Pressure:
+    """The guest's memory pressure. Without PSI in the kernel readings are None and watching is refused."""
+
+    def __init__(self, tree: Tree, *, max_triggers: int) -> None:
+        self._tree = tree
+        self._max_triggers = max_triggers
+        self._armed: dict[int, _Armed] = {}
+        self._epoll: select.epoll | None = None
+
+    @property
+    def is_available(self) -> bool:
+        """Whether the kernel measures it (CONFIG_PSI, and not switched off by ``psi=0``)."""
+        return self.read() is not None
+
+    def read(self) -> psi.StallFile | None:
+        """Current reading; None without PSI."""
+        try:
+            return psi.parse_stalls(self._tree.read(PRESSURE_FILE))
+        except (OSError, ValueError):
+            return None
+
+    def level(self) -> Level:
+        """The level by the ten-second averages; "low" without PSI."""
+        now = self.read()
+        return level_of(now.some.avg10, now.full.avg10) if now else "low"
+
+    def watch(self, triggers: Sequence[PsiTrigger] | None, subscription: Subscription) -> Callable[[], None]:
+        """Arm triggers for a subscriber and return what disarms them. Never blocks.
+
+        With None the default ones, or none where the kernel has no PSI: such a subscriber just hears no pressure.
+        BadRequest, NotSupported, Busy (too many), KernelFailure.
+        """
+        if triggers is None:
+            triggers = DEFAULT_TRIGGERS if self.is_available else ()
+        for trigger in triggers:
+            _check(trigger)
+        if len(self._armed) + len(triggers) > self._max_triggers:
+            raise Busy(f"more than {self._max_triggers} pressure triggers", limit=self._max_triggers)
+        fds: list[int] = []
+        try:
+            for trigger in triggers:
+                fd = self._arm(trigger, subscription)
+                fds.append(fd)
+        except AgentError:
+            self._disarm(fds)
+            raise
+        return lambda: self._disarm(fds)
+
+    def _arm(self, trigger: PsiTrigger, subscription: Subscription) -> int:
+        path = self._tree.path(PRESSURE_FILE)
+        try:
+            fd = psi.open_trigger(path, trigger.kind, stall_us=trigger.stall_us, window_us=trigger.window_us)
+        except FileNotFoundError as error:
+            raise NotSupported("this kernel has no pressure stall information") from error
+        except OSError as error:
+            raise KernelFailure.of("arm a trigger on", path, error) from error
+        if self._epoll is None:
+            self._epoll = select.epoll()
+            asyncio.get_running_loop().add_reader(self._epoll.fileno(), self._fire)
+        self._epoll.register(fd, select.EPOLLPRI)
+        self._armed[fd] = _Armed(trigger, subscription)
+        return fd
+
+    def _disarm(self, fds: list[int]) -> None:
+        for fd in fds:
+            if self._armed.pop(fd, None) is not None:
+                os.close(fd)  # which takes it out of the epoll too
+        fds.clear()
+
+    def _fire(self) -> None:
+        assert self._epoll is not None
+        for fd, _events in self._epoll.poll(0):
+            armed, now = self._armed.get(fd), self.read()
+            if armed is None or now is None:
+                continue
+            trigger = armed.trigger
+            # The averages lag by seconds; the trigger itself says what the last window was like.
+            percent = 100.0 * trigger.stall_us / trigger.window_us
+            full_percent = max(now.full.avg10, percent if trigger.kind == "full" else 0.0)
+            data = {
+                "level": level_of(max(now.some.avg10, percent), full_percent),
+                "kind": trigger.kind,
+                "stall-us": trigger.stall_us,
+                "window-us": trigger.window_us,
+                "some-avg10": now.some.avg10,
+                "full-avg10": now.full.avg10,
+            }
+            if not armed.subscription.send("BALLAST_PRESSURE", data):
+                self._disarm([fd])
+
+
+def _check(trigger: PsiTrigger) -> None:
+    if not psi.WINDOW_MIN_US <= trigger.window_us <= psi.WINDOW_MAX_US:
+        raise BadRequest(
+            f"Parameter 'psi.window-us' expects {psi.WINDOW_MIN_US} to {psi.WINDOW_MAX_US}", argument="psi.window-us"
+        )
+    if not 0 < trigger.stall_us <= trigger.window_us:
+        raise BadRequest("Parameter 'psi.stall-us' expects 1 to window-us", argument="psi.stall-us")

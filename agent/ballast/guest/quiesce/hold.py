@@ -1,0 +1,302 @@
+"""One session, from the choice of its file systems to the moment when nothing of it is left frozen.
+
+A task of its own runs it; peers only wait for what it brings about, so that a peer that goes away changes nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NoReturn
+
+from ballast.guest.config import Quiesce as Settings
+from ballast.guest.linux import fsfreeze
+from ballast.guest.quiesce.forecast import FileSystem, Plan
+from ballast.guest.quiesce.guard_client import GuardConnection
+from ballast.guest.quiesce.guard_protocol import boottime_s
+from ballast.guest.quiesce.leftovers import open_filesystem
+from ballast.guest.quiesce.net import Net
+from ballast.guest.quiesce.outcome import Outcome, end_reason
+from ballast.guest.threads import in_thread
+from ballast.wire.errors import AgentError, DeadlineExceeded, KernelFailure, LeaseExpired
+from ballast.wire.names import EndReason, QuiesceBegun, QuiesceEnded
+
+log = logging.getLogger(__name__)
+
+SYNC_PASSES = 2
+GUARD_START_S = 20.0
+THAW_S = 5.0  # how long the guard may take over an ordered thaw before the net does it
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What was asked for. ``degrade``: hold what could be frozen, although something could not."""
+
+    id: str
+    lease_s: float
+    degrade: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What a hold needs of its owner.
+
+    ``opening(guard's pid, file systems)`` is called before the first ioctl, ``changed(hold, why it did not hold)`` at
+    every step.
+    """
+
+    settings: Settings
+    guard_path: str
+    opening: Callable[[Hold, int], None]
+    changed: Callable[[Hold, EndReason | None], None]
+
+
+class Hold:
+    """``begun`` and ``ended`` bring the two answers; when ``run`` returns nothing is left to thaw."""
+
+    def __init__(self, order: Order, plan: Plan, around: Surroundings) -> None:
+        loop = asyncio.get_running_loop()
+        self.order = order
+        self.plan = plan
+        self.outcome = Outcome(plan)
+        self.state: Literal["thawed", "freezing", "frozen", "thawing"] = "freezing"
+        self.expires_s = 0.0
+        self.begun: asyncio.Future[QuiesceBegun] = loop.create_future()
+        self.ended: asyncio.Future[QuiesceEnded] = loop.create_future()
+        self._around = around
+        self._resources = contextlib.ExitStack()
+        self._guard: GuardConnection | None = None
+        self._net: Net | None = None
+        self._renewed: asyncio.Future[None] | None = None
+        self._ender: EndReason | None = None
+        self._end_ordered_s: float | None = None
+        self._frozen_at_s: float | None = None
+
+    async def run(self) -> None:
+        """Freeze, hold and thaw. Never raises: what goes wrong is told by the two futures."""
+        try:
+            with self._resources:
+                await self._live()
+        except AgentError as error:
+            self._fail(error)
+        except Exception as error:  # a bug: the connection is closed, so the guard thaws
+            log.exception("freeze %s failed", self.order.id)
+            self._fail(AgentError(f"internal error: {error}"))
+        self.state = "thawed"
+
+    def order_end(self, reason: EndReason | None = None) -> None:
+        """Have it thawed; ``reason`` if it was not its owner who asked. At any time, more than once."""
+        if self._end_ordered_s is not None:
+            return
+        self._end_ordered_s = boottime_s()
+        self._ender = reason
+        if self._guard is not None and self._net is not None:
+            self._guard.send({"op": "thaw"})
+            timer = asyncio.get_running_loop().call_later(THAW_S, self._net.fire)
+            self._resources.callback(timer.cancel)
+
+    async def renew(self, lease_s: float) -> None:
+        """Move the lease's end to ``lease_s`` from now. LeaseExpired if that end came first, DeadlineExceeded."""
+        if self.state != "frozen" or self._guard is None or self._net is None or self._end_ordered_s is not None:
+            raise LeaseExpired("the freeze has ended")
+        expires_s = boottime_s() + lease_s
+        self._renewed = asyncio.get_running_loop().create_future()
+        self._net.expires_s = max(self._net.expires_s, expires_s)
+        self._guard.send({"op": "renew", "expires_s": expires_s})
+        try:
+            async with asyncio.timeout(THAW_S):
+                await self._renewed
+        except TimeoutError as error:
+            raise DeadlineExceeded("the guard does not answer") from error
+        self.expires_s = self._net.expires_s = expires_s
+
+    # The life of a hold, in order.
+
+    async def _live(self) -> None:
+        fds, sync_s, guard = await self._prepare()
+        self._guard = guard
+        self._resources.callback(guard.close)
+        if self._end_ordered_s is not None:
+            raise LeaseExpired("the session was ended before it was frozen")
+        self._around.opening(self, guard.pid)
+        started_s = boottime_s()
+        self.expires_s = started_s + self.order.lease_s
+        self._start(guard, fds)
+        self._around.changed(self, None)
+        await self._freeze(started_s + min(self._around.settings.freeze_timeout_ms / 1000, self.order.lease_s))
+        self._frozen_at_s = boottime_s()
+        self.state = "frozen"
+        self.begun.set_result(self._answer(sync_s, self._frozen_at_s - started_s))
+        self._around.changed(self, None)
+        await self._end()
+
+    async def _prepare(self) -> tuple[list[int], float, GuardConnection]:
+        """Open, write out and start the guard, the last beside the others. All that needs a working disk is here."""
+        connecting = asyncio.ensure_future(GuardConnection.open(self._around.guard_path, timeout_s=GUARD_START_S))
+        try:
+            fds = await self._open_filesystems()
+            return fds, await self._sync(fds), await connecting
+        except BaseException:
+            with contextlib.suppress(AgentError):
+                (await connecting).close()
+            raise
+
+    async def _open_filesystems(self) -> list[int]:
+        """Open each in a thread, since a path can lead through a dead network mount. Names every one that fails."""
+        filesystems = self.plan.filesystems
+        opens = [in_thread(_opener(f), name="quiesce-open", discard=os.close) for f in filesystems]
+        fds: list[int] = []
+        troubles: list[AgentError] = []
+        deadline_s = time.monotonic() + self._around.settings.open_timeout_ms / 1000
+        for filesystem, opening in zip(filesystems, opens, strict=True):
+            try:
+                async with asyncio.timeout(max(0.0, deadline_s - time.monotonic())):
+                    fds.append(await opening)
+                self._resources.callback(os.close, fds[-1])
+            except TimeoutError:
+                troubles.append(DeadlineExceeded(f"failed to open {filesystem.mountpoint}: it does not answer"))
+            except OSError as error:
+                troubles.append(KernelFailure.of("open", filesystem.mountpoint, error))
+        if troubles:
+            raise type(troubles[0])("; ".join(trouble.desc for trouble in troubles), **troubles[0].data)
+        return fds
+
+    async def _sync(self, fds: list[int]) -> float:
+        """Write out dirty data twice, all file systems at once, so that the freeze has little left to write."""
+        started_s = time.monotonic()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._around.settings.sync_timeout_ms / 1000):
+                for _ in range(SYNC_PASSES):
+                    for done in [in_thread(_syncer(fd), name="quiesce-sync") for fd in fds]:
+                        with contextlib.suppress(OSError):  # FIFREEZE will say it with more right
+                            await done
+        return time.monotonic() - started_s
+
+    def _start(self, guard: GuardConnection, fds: list[int]) -> None:
+        """Arm the net, then let the guard begin."""
+        loop = asyncio.get_running_loop()
+
+        def fired(thawed: dict[int, bool]) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the agent is leaving
+                loop.call_soon_threadsafe(guard.inject, {"event": "net", "thawed": thawed})
+
+        self._net = Net(fds, guard.pidfd, self.expires_s, fired)
+        self._resources.callback(self._net.close)
+        position = {filesystem.device: index for index, filesystem in enumerate(self.plan.filesystems)}
+        levels = [[position[filesystem.device] for filesystem in level] for level in self.plan.levels]
+        guard.send({"op": "freeze", "levels": levels, "expires_s": self.expires_s}, fds)
+
+    async def _freeze(self, deadline_s: float) -> None:
+        """Wait until all are frozen; otherwise thaw and raise, naming the culprits."""
+        with contextlib.suppress(DeadlineExceeded):
+            while True:
+                message = await self._receive(max(0.0, deadline_s - boottime_s()))
+                if message["event"] in ("thawed", "net"):
+                    await self._lose(message)
+                if self.outcome.in_state("failed") and not self.order.degrade:
+                    break
+                if message["event"] == "frozen":
+                    return
+        if self.order.degrade:
+            return
+        error = self._accuse()
+        self.order_end()
+        self.begun.set_exception(error)
+        await self._end()
+        raise error
+
+    async def _lose(self, final: dict[str, Any]) -> NoReturn:
+        error = LeaseExpired("the freeze ended before everything was frozen", cause=str(final.get("cause")))
+        self.begun.set_exception(error)
+        self._conclude(final)
+        await self._linger()
+        raise error
+
+    def _accuse(self) -> AgentError:
+        if failed := self.outcome.in_state("failed"):
+            desc = "; ".join(f"failed to freeze {one.mountpoint}: {one.reason}" for one in failed)
+            return KernelFailure(desc, operation="freeze", mountpoints=[one.mountpoint for one in failed])
+        stuck = [one.mountpoint for one in self.outcome.in_state("freezing")]
+        return DeadlineExceeded(f"failed to freeze {', '.join(stuck)}: a writer is still running", mountpoints=stuck)
+
+    async def _end(self) -> None:
+        self._conclude(await self._until("thawed", "net"))
+        await self._linger()
+
+    async def _linger(self) -> None:
+        """Stay until no freeze is left that still waits for a writer: the net must outlast it."""
+        while self.outcome.in_state("freezing"):
+            await self._until("idle", "net")
+            self.outcome.all_thawed()
+
+    async def _until(self, *events: str) -> dict[str, Any]:
+        while (message := await self._receive(None))["event"] not in events:
+            pass
+        return message
+
+    async def _receive(self, timeout_s: float | None) -> dict[str, Any]:
+        """Next message of guard or net; what it says of single file systems is already taken in."""
+        assert self._guard is not None
+        message = await self._guard.receive(timeout_s=timeout_s)
+        if message["event"] == "settled":
+            self.outcome.settle(message)
+        elif message["event"] == "renewed" and self._renewed is not None and not self._renewed.done():
+            self._renewed.set_result(None)
+        return message
+
+    def _answer(self, sync_s: float, freeze_s: float) -> QuiesceBegun:
+        return QuiesceBegun(
+            id=self.order.id,
+            consistency=self.outcome.consistency,
+            lease_ms=round(1000 * self.order.lease_s),
+            sync_ms=round(1000 * sync_s, 3),
+            freeze_ms=round(1000 * freeze_s, 3),
+            filesystems=self.outcome.filesystems,
+        )
+
+    def _conclude(self, final: dict[str, Any]) -> None:
+        """Take in how the thaw went, and answer whoever asks for the end."""
+        broken = final["event"] == "thawed" and self.outcome.thawed_by_guard(final["filesystems"])
+        if final["event"] == "net":
+            self.outcome.all_thawed()
+        now_s = boottime_s()
+        reason = end_reason(final, broken=broken, expired=now_s >= self.expires_s, ender=self._ender)
+        self.state = "thawing"
+        self.ended.set_result(
+            QuiesceEnded(
+                held=reason is None and self._frozen_at_s is not None,
+                held_ms=round(1000 * (now_s - (self._frozen_at_s or now_s)), 3),
+                thaw_ms=round(1000 * (now_s - (self._end_ordered_s or now_s)), 3),
+                reason=reason,
+                filesystems=self.outcome.filesystems,
+            )
+        )
+        self._around.changed(self, reason)
+
+    def _fail(self, error: AgentError) -> None:
+        for future in (self.begun, self.ended):
+            if not future.done():
+                future.set_exception(error)
+                future.exception()  # seen: it is no fault if nobody asks
+
+
+def _opener(filesystem: FileSystem) -> Callable[[], int]:
+    return lambda: open_filesystem(list(filesystem.mountpoints), filesystem.device)
+
+
+def _syncer(fd: int) -> Callable[[], None]:
+    """Sync by a descriptor of its own: the pass may be given up, and the hold close ``fd``, while it still runs."""
+    own = os.dup(fd)
+
+    def sync() -> None:
+        try:
+            fsfreeze.sync(own)
+        finally:
+            os.close(own)
+
+    return sync

@@ -1,0 +1,271 @@
+"""Freezing under a lease, as peers see it: one session at a time, known by its id.
+
+``begin`` and ``end`` may be repeated and give the same answer; another id is turned away while one is held. The
+answer of an ended session is kept for an hour, across restarts of the agent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Collection
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ballast.guest.config import Quiesce as Settings
+from ballast.guest.events import Events
+from ballast.guest.linux.tree import Tree
+from ballast.guest.quiesce import guard_protocol, record
+from ballast.guest.quiesce.forecast import Plan, plan_freeze
+from ballast.guest.quiesce.guard_protocol import boottime_s
+from ballast.guest.quiesce.hold import Hold, Order, Surroundings
+from ballast.guest.quiesce.leftovers import thaw_leftovers
+from ballast.guest.threads import in_thread
+from ballast.wire.errors import AgentError, BadRequest, Busy, KernelFailure, LeaseExpired, NoSuchId, NotSupported
+from ballast.wire.names import (
+    EndReason,
+    FilesystemResult,
+    ProcessState,
+    QuiesceBegun,
+    QuiesceEnded,
+    QuiesceRenewed,
+    QuiesceStatus,
+)
+from ballast.wire.shape import read_record, to_wire
+
+log = logging.getLogger(__name__)
+
+LEASE_MIN_MS, LEASE_MAX_MS = 1_000, 600_000
+_ID_MAX = 128
+_GUARD_CGROUP = "sys/fs/cgroup/ballast.slice/ballast-guard.service/cgroup.procs"
+_QGA_PREFIX = "qga-"
+_LEFTOVERS_S = 60.0
+
+
+class Quiesce:
+    """The guest's one freeze. ``run`` must be running for any of it to work."""
+
+    def __init__(
+        self,
+        tree: Tree,
+        events: Events,
+        settings: Settings,
+        *,
+        record_path: Path = record.PATH,
+        guard_path: str = guard_protocol.SOCKET_PATH,
+    ) -> None:
+        self._tree = tree
+        self._events = events
+        self._settings = settings
+        self._record_path = record_path
+        self._record = record.Record()
+        self._around = Surroundings(settings, guard_path, self._opening, self._changed)
+        self._current: Hold | None = None
+        self._new = asyncio.Event()
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether a file system may be frozen by us: from before the first FIFREEZE until after the last FITHAW."""
+        return self._current is not None
+
+    async def run(self) -> None:
+        """Clean up after an agent that died, then carry each session through."""
+        await self._recover()
+        while True:
+            await self._new.wait()
+            self._new.clear()
+            if self._current is not None:
+                await self._current.run()
+                self._close_record()
+                self._current = None
+
+    async def begin(
+        self,
+        session_id: str,
+        lease_ms: int,
+        *,
+        mountpoints: Collection[str] | None = None,
+        exclude: Collection[str] = (),
+        degrade: bool = False,
+    ) -> QuiesceBegun:
+        """Freeze, and hold for ``lease_ms``. BadRequest, Busy, KernelFailure, DeadlineExceeded, LeaseExpired."""
+        if not 0 < len(session_id) <= _ID_MAX:
+            raise BadRequest(f"Parameter 'id' expects 1 to {_ID_MAX} characters", argument="id")
+        _check_lease(lease_ms)
+        if self._current is not None and self._current.order.id == session_id:
+            return await asyncio.shield(self._current.begun)
+        self._refuse_while_held()
+        if session_id in self._record.answers:
+            raise BadRequest("Parameter 'id' names a session that has ended", argument="id")
+        plan = self._plan(mountpoints, exclude)
+        self._current = Hold(Order(session_id, lease_ms / 1000, degrade), plan, self._around)
+        self._new.set()
+        return await asyncio.shield(self._current.begun)
+
+    async def renew(self, session_id: str, lease_ms: int) -> QuiesceRenewed:
+        """Let the lease end ``lease_ms`` from now. LeaseExpired if it has ended, NoSuchId."""
+        _check_lease(lease_ms)
+        if self._current is None or self._current.order.id != session_id:
+            if session_id in self._record.answers:
+                raise LeaseExpired("the freeze has ended")
+            raise NoSuchId(f"no freeze has the id {session_id}")
+        await self._current.renew(lease_ms / 1000)
+        return QuiesceRenewed(lease_ms)
+
+    async def end(self, session_id: str, *, reason: EndReason | None = None) -> QuiesceEnded:
+        """Thaw, and tell whether everything stayed frozen until now. NoSuchId."""
+        if self._current is not None and self._current.order.id == session_id:
+            self._current.order_end(reason)
+            return await asyncio.shield(self._current.ended)
+        answer = self._record.answers.get(session_id)
+        if answer is None:
+            raise NoSuchId(f"no freeze has the id {session_id}")
+        return read_record(QuiesceEnded, answer["ended"])
+
+    def guard_state(self) -> ProcessState:
+        """Whether the guard holds something, waits for work or is not running; from its cgroup, without asking it."""
+        if self._current is not None:
+            return "active"
+        try:
+            return "idle" if self._tree.read(_GUARD_CGROUP) else "stopped"
+        except OSError:
+            return "stopped"
+
+    def status(self) -> QuiesceStatus:
+        """What is, not what was asked for."""
+        hold = self._current
+        if hold is None:
+            return QuiesceStatus("thawed")
+        left_ms = max(0, round(1000 * (hold.expires_s - boottime_s()))) if hold.expires_s else None
+        return QuiesceStatus(hold.state, hold.order.id, left_ms, hold.outcome.filesystems)
+
+    # The QEMU guest agent's commands drive the same machine.
+
+    async def qga_freeze(self, mountpoints: Collection[str] | None) -> int:
+        """Freeze for the configured lease; number of file systems, of which unknown ones are ignored (QGA schema)."""
+        self._refuse_while_held()
+        session_id = _QGA_PREFIX + str(uuid.uuid4())
+        self._current = Hold(
+            Order(session_id, self._settings.lease_ms / 1000), self._plan(mountpoints, (), strict=False), self._around
+        )
+        self._new.set()
+        begun = await asyncio.shield(self._current.begun)
+        count = _count(begun.filesystems, "frozen")
+        if count == 0:  # nothing was frozen, so nobody will ask for the thaw
+            await self.end(session_id)
+        return count
+
+    async def qga_thaw(self) -> int:
+        """Thaw whatever session there is; number of file systems. LeaseExpired, once, if the lease did it before."""
+        hold = self._current
+        if hold is not None:
+            ended = await self.end(
+                hold.order.id, reason=None if hold.order.id.startswith(_QGA_PREFIX) else "thawed-by-qga"
+            )
+            self._record.answers.get(hold.order.id, {})["unreported"] = False
+            if ended.reason not in ("lease-expired", "guard-lost"):
+                return _count(ended.filesystems, "thawed")
+            raise LeaseExpired(f"the file systems were thawed before: {ended.reason}")
+        for answer in self._record.answers.values():
+            if answer["unreported"]:
+                answer["unreported"] = False
+                self._write_record()
+                reason = answer["ended"].get("reason")
+                raise LeaseExpired(f"the file systems were thawed before this command came: {reason}")
+        return 0
+
+    async def close(self) -> None:
+        """Thaw what is held, before the agent leaves; bounded by the guard's and the net's own deadlines."""
+        if self._current is not None:
+            self._current.order_end("agent-restarted")
+            await asyncio.wait([self._current.ended], timeout=10)
+
+    def _refuse_while_held(self) -> None:
+        if self._current is not None:
+            left_ms = self.status().lease_left_ms
+            held = self._current.order.id
+            raise Busy(f"a freeze is held by {held}", id=held, **({"lease-left-ms": left_ms} if left_ms else {}))
+
+    def _plan(self, mountpoints: Collection[str] | None, exclude: Collection[str], *, strict: bool = True) -> Plan:
+        try:
+            plan = plan_freeze(self._tree, only=mountpoints, exclude=exclude)
+        except (OSError, ValueError) as error:
+            raise AgentError(f"cannot read the table of mounts: {error}") from error
+        if len(plan.filesystems) > guard_protocol.MAX_FILESYSTEMS:
+            raise NotSupported(f"more than {guard_protocol.MAX_FILESYSTEMS} file systems")
+        known = {point for f in plan.filesystems for point in f.mountpoints}
+        known |= {point for s in plan.skipped for point in s.filesystem.mountpoints}
+        unknown = sorted(set(mountpoints or ()) - known)
+        if strict and unknown:
+            raise BadRequest(
+                f"Parameter 'mountpoints' names no mount point: {', '.join(unknown)}", argument="mountpoints"
+            )
+        return plan
+
+    # The record in /run, and what it is for.
+
+    def _opening(self, hold: Hold, guard_pid: int) -> None:
+        try:
+            self._record.open = record.Open(
+                hold.order.id,
+                guard_pid,
+                record.process_start(guard_pid),
+                [{"mountpoints": list(f.mountpoints), "device": f.device} for f in hold.plan.filesystems],
+            )
+            record.write_record(self._record_path, self._record)
+        except OSError as error:
+            raise KernelFailure.of("write", self._record_path, error) from error
+
+    def _changed(self, hold: Hold, reason: EndReason | None) -> None:
+        data: dict[str, Any] = {"id": hold.order.id, "state": hold.state}
+        if hold.ended.done():
+            by_itself = reason is not None and hold.order.id.startswith(_QGA_PREFIX)
+            ended = to_wire(hold.ended.result())
+            self._record.remember(hold.order.id, ended, now_s=boottime_s(), unreported=by_itself)
+            self._write_record()
+            data["state"] = "thawed"
+        log.info("freeze %s is %s%s", hold.order.id, data["state"], f": {reason}" if reason else "")
+        self._events.publish("BALLAST_QUIESCE", data | ({"reason": reason} if reason else {}))
+
+    def _close_record(self) -> None:
+        if self._record.open is not None:
+            self._record.open = None
+            self._write_record()
+
+    def _write_record(self) -> None:
+        try:
+            record.write_record(self._record_path, self._record)
+        except OSError as error:
+            log.warning("cannot write %s, ignoring: %s", self._record_path, error)
+
+    async def _recover(self) -> None:
+        """End a session that an earlier agent left open. The guard has thawed it, unless it is gone or stuck too."""
+        try:
+            self._record = record.read_record(self._record_path)
+        except (OSError, ValueError) as error:
+            log.warning("cannot read %s, ignoring: %s", self._record_path, error)
+        left = self._record.open
+        if left is None:
+            return
+        deadline_s = time.monotonic() + _LEFTOVERS_S
+        found = await in_thread(lambda: thaw_leftovers(left, deadline_s=deadline_s), name="quiesce-leftovers")
+        filesystems = [FilesystemResult(one.mountpoint, "", "", "thawed") for one in found]
+        ended = QuiesceEnded(False, 0.0, 0.0, "agent-restarted", filesystems)
+        unreported = left.id.startswith(_QGA_PREFIX)
+        self._record.open = None
+        if left.id not in self._record.answers:
+            self._record.remember(left.id, to_wire(ended), now_s=boottime_s(), unreported=unreported)
+        self._write_record()
+        log.warning("freeze %s was ended by a restart of the agent: %s", left.id, asdict(ended))
+
+
+def _check_lease(lease_ms: int) -> None:
+    if not LEASE_MIN_MS <= lease_ms <= LEASE_MAX_MS:
+        raise BadRequest(f"Parameter 'lease-ms' expects {LEASE_MIN_MS} to {LEASE_MAX_MS}", argument="lease-ms")
+
+
+def _count(filesystems: list[FilesystemResult], state: str) -> int:
+    return sum(1 for one in filesystems if one.state == state)

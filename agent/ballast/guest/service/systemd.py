@@ -1,0 +1,94 @@
+"""The agent as a systemd service: passed sockets, readiness, the watchdog, and a journal that never blocks.
+
+Any file system can be frozen at any moment, by us or by a stranger, and then journald sleeps: so a journal line goes
+through a bounded queue and a thread of its own, and a notification is sent without waiting.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import queue
+import socket
+import sys
+import threading
+from pathlib import Path
+
+from systemd import journal
+from systemd.daemon import listen_fds
+
+from ballast.guest.linux.notify import notify, watchdog_s
+
+_QUEUED_LINES = 1000
+_FLUSH_S = 1.0
+_PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
+
+
+class JournalHandler(logging.Handler):
+    """Hands records to a thread that writes them: to the journal as fields, or to stderr when run by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lines: queue.Queue[logging.LogRecord | None] = queue.Queue(_QUEUED_LINES)
+        self._dropped = 0
+        self._to_journal = "JOURNAL_STREAM" in os.environ
+        self._thread = threading.Thread(target=self._write_all, name="journal", daemon=True)
+        self._thread.start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Queue a record, or count it as dropped. Never blocks."""
+        try:
+            self._lines.put_nowait(record)
+        except queue.Full:
+            self._dropped += 1
+
+    def close(self) -> None:
+        """Give the thread a moment to write what is queued."""
+        try:
+            self._lines.put_nowait(None)
+        except queue.Full:
+            pass
+        else:
+            self._thread.join(_FLUSH_S)
+        super().close()
+
+    def _write_all(self) -> None:
+        while (record := self._lines.get()) is not None:
+            dropped, self._dropped = self._dropped, 0
+            text = self.format(record) + (f" ({dropped} earlier lines were dropped)" if dropped else "")
+            # Names from the wire may hold what is no UTF-8.
+            text = text.encode(errors="backslashreplace").decode()
+            if self._to_journal:
+                journal.send(
+                    text,
+                    PRIORITY=_PRIORITIES.get(record.levelno, 6),
+                    SYSLOG_IDENTIFIER="ballastd",
+                    CODE_MODULE=record.name,
+                    CODE_LINE=record.lineno,
+                )
+            else:
+                sys.stderr.write(f"{record.levelname.lower()}: {text}\n")
+
+
+def passed_sockets() -> dict[int, socket.socket]:
+    """Listening sockets from systemd, by address family (sd_listen_fds(3))."""
+    sockets = [socket.socket(fileno=fd) for fd in listen_fds()]
+    return {sock.family: sock for sock in sockets}
+
+
+def read_credential(name: str) -> bytes | None:
+    """A credential that the unit loads (``LoadCredential=``), without white space around it; None without one."""
+    folder = os.environ.get("CREDENTIALS_DIRECTORY")
+    try:
+        return (Path(folder) / name).read_bytes().strip() or None if folder else None
+    except OSError:
+        return None
+
+
+async def feed_watchdog() -> None:
+    """Tell systemd that the event loop runs, twice in each of its periods; for ever, or not at all without one."""
+    period_s = watchdog_s()
+    while period_s is not None:
+        notify("WATCHDOG=1")
+        await asyncio.sleep(period_s / 2)

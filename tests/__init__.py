@@ -1,0 +1,1 @@
+"""Tests in three rooms (unit, kernel, vm), and the lab in which real guests run."""

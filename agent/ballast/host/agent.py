@@ -24,7 +24,7 @@ from ballast.wire.names import (
     QuiesceStatus,
     Zone,
 )
-from ballast.wire.shape import read_value, to_wire
+from ballast.wire.shape import read_value, to_wire, wire_name
 
 T = TypeVar("T")
 
@@ -42,7 +42,7 @@ class Agent(Connection):
 
     async def _ask(self, kind: type[T], command: str, *, timeout_s: float | None = None, **arguments: Any) -> T:
         """Run ``command`` with those arguments that are not None, and read what it returns as ``kind``."""
-        given = {name: value for name, value in arguments.items() if value is not None}
+        given = {wire_name(name): value for name, value in arguments.items() if value is not None}
         return self._understand(kind, await self.call(command, to_wire(given), timeout_s=timeout_s), command)
 
     def _understand(self, kind: type[T], value: Any, command: str) -> T:
@@ -159,9 +159,9 @@ class Agent(Connection):
             on_failure=on_failure,
         )
 
-    async def quiesce_renew(self, id_: str, lease_ms: int) -> QuiesceRenewed:
+    async def quiesce_renew(self, id_: str, lease_ms: int, timeout_s: float | None = None) -> QuiesceRenewed:
         """Let the lease run for ``lease_ms`` from now."""
-        return await self._ask(QuiesceRenewed, "ballast-quiesce-renew", id_=id_, lease_ms=lease_ms)
+        return await self._ask(QuiesceRenewed, "ballast-quiesce-renew", timeout_s=timeout_s, id_=id_, lease_ms=lease_ms)
 
     async def quiesce_end(self, id_: str, timeout_s: float = THAW_TIMEOUT_S) -> QuiesceEnded:
         """Thaw, and learn whether it held; a repeat of ``id_`` gets the same answer."""

@@ -49,6 +49,7 @@ class Connection:
         self._waiting: dict[str, asyncio.Future[Any]] = {}
         self._events: asyncio.Queue[Event | None] = asyncio.Queue()
         self._gone: PeerGone | None = None
+        self._in_step = False
         # On virtio-serial an answer to somebody before us can still arrive: no two connections share an id.
         self._session = secrets.token_hex(8)
         self._count = itertools.count(1)
@@ -163,12 +164,14 @@ class Connection:
         except BadRequest:
             return  # a stale half line before the sync, or noise: what is owed to a call runs into its time-out
         if isinstance(message, Event):
-            self._keep(message)
+            if self._in_step:  # before, it is of somebody's subscription before us
+                self._keep(message)
             return
         name = message.echo.get("id")
         answer = self._waiting.get(name) if isinstance(name, str) else None
         if answer is None or answer.done():
             return
+        self._in_step = True
         if isinstance(message, Reply):
             answer.set_result(message.value)
         elif isinstance(message, Failure):

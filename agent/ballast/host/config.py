@@ -1,0 +1,132 @@
+"""The host's configuration: which virtual machines there are, and how to reach each.
+
+    # /etc/ballast/host.toml
+    [vm.web1]
+    agent = "vsock:42"
+    qmp = "unix:/run/web1/qmp"
+    token-file = "/etc/ballast/tokens/web1"
+
+A wrong key or value is an error with file, key and reason: a host that guesses freezes the wrong guest.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import tomllib
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ballast.host.connect import parse_target
+
+PATH = Path("/etc/ballast/host.toml")
+_SCHEMES = ("vsock:", "unix:")
+_TOKEN_LIMIT_BYTES = 4096
+
+
+class ConfigError(Exception):
+    """A file, a key in it, and what is wrong with it."""
+
+    def __init__(self, path: Path, key: str, reason: str) -> None:
+        super().__init__(f"{path}: {key}: {reason}" if key else f"{path}: {reason}")
+
+
+@dataclass(frozen=True, slots=True)
+class Vm:
+    """``[vm.NAME]``: connect strings of the agent and of QMP, libvirt's "URI/DOMAIN", and the file of the token."""
+
+    agent: str | None = None
+    qmp: str | None = None
+    libvirt: str | None = None
+    token_file: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """How to reach an agent."""
+
+    connect: str
+    token: str | None = None
+
+
+def find_route(target: str, config: Path = PATH, token_file: Path | None = None) -> Route:
+    """Make a route of a connect string, or of the name of a VM in ``config``; ``token_file`` wins over the VM's.
+
+    ValueError for a bad connect string, ConfigError.
+    """
+    if target.startswith(_SCHEMES):
+        parse_target(target)
+        vm = Vm(agent=target)
+    else:
+        vm = _find_vm(target, config)
+    if vm.agent is None:
+        raise ConfigError(config, f"vm.{target}", 'no agent = "..." here, so there is no way to reach its agent')
+    token_file = token_file or vm.token_file
+    return Route(vm.agent, read_token(token_file) if token_file else None)
+
+
+def _find_vm(name: str, path: Path) -> Vm:
+    try:
+        vms = read_config(path)
+    except FileNotFoundError as error:
+        raise ConfigError(path, "", f"no such file, and {name!r} is no connect string") from error
+    except OSError as error:
+        raise ConfigError(path, "", error.strerror or str(error)) from error
+    if name not in vms:
+        raise ConfigError(path, f"vm.{name}", f"no such VM, there are: {', '.join(sorted(vms)) or 'none'}")
+    return vms[name]
+
+
+def read_config(path: Path = PATH) -> dict[str, Vm]:
+    """Read all VMs by name. ConfigError, OSError."""
+    try:
+        content = tomllib.loads(path.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(path, "", str(error)) from error
+    for key, value in content.items():
+        if key != "vm":
+            raise ConfigError(path, key, "unknown key, expected [vm.NAME]")
+        if not isinstance(value, dict):
+            raise ConfigError(path, key, "expected tables: [vm.NAME]")
+    return {name: _read_vm(path, name, values) for name, values in content.get("vm", {}).items()}
+
+
+def _read_vm(path: Path, name: str, values: Any) -> Vm:
+    where = f"vm.{name}"
+    if not isinstance(values, dict):
+        raise ConfigError(path, where, f"expected a table, found {values!r}")
+    if name.startswith(_SCHEMES):
+        raise ConfigError(path, where, "a name that begins like a connect string could not be used")
+    known = {field.name.replace("_", "-"): field.name for field in fields(Vm)}
+    for key, value in values.items():
+        if key not in known:
+            raise ConfigError(path, f"{where}.{key}", f"unknown key, expected one of {', '.join(known)}")
+        if not isinstance(value, str) or not value:
+            raise ConfigError(path, f"{where}.{key}", f"expected a string, found {value!r}")
+    if "agent" in values:
+        try:
+            parse_target(values["agent"])
+        except ValueError as error:
+            raise ConfigError(path, f"{where}.agent", str(error)) from error
+    strings = {known[key]: value for key, value in values.items() if key != "token-file"}
+    return Vm(**strings, token_file=Path(values["token-file"]) if "token-file" in values else None)
+
+
+def read_token(path: Path) -> str:
+    """Read a token, without the newline at its end; refuse a file that users other than owner and group can use."""
+    try:
+        with path.open("rb") as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+            content = file.read(_TOKEN_LIMIT_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(path, "", f"cannot read the token: {error.strerror or error}") from error
+    if mode & stat.S_IRWXO:
+        raise ConfigError(path, "", f"mode {mode:04o} opens the token to every user; chmod o= it and make a new one")
+    try:
+        token = content.decode().strip()
+    except UnicodeDecodeError as error:
+        raise ConfigError(path, "", "the token is no UTF-8 text") from error
+    if not token or len(content) > _TOKEN_LIMIT_BYTES:
+        raise ConfigError(path, "", f"expected a token of 1 to {_TOKEN_LIMIT_BYTES} bytes")
+    return token

@@ -1,0 +1,169 @@
+"""Records -> tables: which figures a person wants to see, and in which words."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from ballast.host.quantity import format_ms, format_size
+from ballast.host.show import Table
+from ballast.wire.message import Event
+from ballast.wire.names import (
+    AgentStatus,
+    FilesystemResult,
+    MemoryStatus,
+    OnlineResult,
+    Pressure,
+    QuiesceBegun,
+    QuiesceEnded,
+    QuiesceStatus,
+    WriterResult,
+)
+
+
+def agent_table(target: str, status: AgentStatus) -> Table:
+    """Version and health of the agent."""
+    rows = [
+        ("version", f"{status.version}, protocol {status.protocol}"),
+        ("features", ", ".join(status.features) or "none"),
+        ("boot", status.boot_id),
+        ("up", format_ms(status.uptime_ms)),
+        ("peers", str(status.peers)),
+        ("memory of the agent", format_size(status.rss_bytes)),
+        ("pressure events", "yes" if status.psi else "no, the kernel has no PSI"),
+        ("balloon pins by", status.pin or "nothing: no balloon"),
+        ("guard", status.guard),
+        ("holder", status.holder),
+        ("longest lease", format_ms(status.limits.lease_ms)),
+    ]
+    return Table(f"agent at {target}", rows)
+
+
+def memory_table(memory: MemoryStatus) -> Table:
+    """What the guest has, uses and wants."""
+    blocks = memory.blocks
+    rows = [
+        ("total", format_size(memory.total_bytes)),
+        ("available", _share(memory.available_bytes, memory.total_bytes)),
+        ("free", format_size(memory.free_bytes)),
+        ("cached", format_size(memory.cached_bytes)),
+        ("committed", format_size(memory.committed_bytes)),
+        ("swap used", _swap(memory)),
+        ("level", memory.level),
+        ("demand", format_size(memory.demand_bytes)),
+        *((f"  {part}", format_size(size)) for part, size in memory.demand.items()),
+        *_pressure_rows(memory.psi),
+        ("balloon", f"{format_size(memory.balloon.bytes)} of {format_size(memory.balloon.target_bytes)} wanted"),
+        (
+            "blocks",
+            f"{blocks.online} online ({blocks.movable_online} movable), {blocks.offline} offline, "
+            f"{format_size(blocks.size_bytes)} each",
+        ),
+    ]
+    if memory.kernel_balloon:
+        rows.append((memory.kernel_balloon.driver, format_size(memory.kernel_balloon.bytes)))
+    return Table("memory", rows)
+
+
+def _share(part_bytes: int, total_bytes: int) -> str:
+    return f"{format_size(part_bytes)} ({100 * part_bytes / max(total_bytes, 1):.0f} %)"
+
+
+def _swap(memory: MemoryStatus) -> str:
+    used_bytes = memory.swap_total_bytes - memory.swap_free_bytes
+    return f"{format_size(used_bytes)} of {format_size(memory.swap_total_bytes)}" if memory.swap_total_bytes else "none"
+
+
+def _pressure_rows(psi: Pressure | None) -> list[tuple[str, str]]:
+    if psi is None:
+        return []
+    lines = (("some", psi.some), ("full", psi.full))
+    return [
+        (f"stalled, {kind}", f"{s.avg10:g} % of 10 s, {s.avg60:g} % of 60 s, {s.avg300:g} % of 300 s")
+        for kind, s in lines
+    ]
+
+
+def quiesce_tables(status: QuiesceStatus) -> list[Table]:
+    """Whether something is frozen, and for how long yet."""
+    rows: list[tuple[str, ...]] = [("state", status.state)]
+    if status.id is not None:
+        rows.append(("id", status.id))
+    if status.lease_left_ms is not None:
+        rows.append(("lease left", format_ms(status.lease_left_ms)))
+    return [Table("quiesce", rows), *filesystem_tables(status.filesystems, [])]
+
+
+def begun_tables(begun: QuiesceBegun) -> list[Table]:
+    """What a freeze froze."""
+    rows = [
+        ("id", begun.id),
+        ("consistency", begun.consistency),
+        ("lease", format_ms(begun.lease_ms)),
+        ("sync took", format_ms(begun.sync_ms)),
+        ("freeze took", format_ms(begun.freeze_ms)),
+    ]
+    return [Table("frozen", rows), *filesystem_tables(begun.filesystems, begun.writers)]
+
+
+def ended_tables(ended: QuiesceEnded) -> list[Table]:
+    """How a freeze ended."""
+    return [Table("thawed", _ended_rows(ended)), *filesystem_tables(ended.filesystems, ended.writers)]
+
+
+def _ended_rows(ended: QuiesceEnded) -> list[tuple[str, ...]]:
+    because = [("because", ended.reason)] if ended.reason else []
+    held = ("held" if ended.held else "did not hold", format_ms(ended.held_ms))
+    return [held, *because, ("thaw took", format_ms(ended.thaw_ms))]
+
+
+def window_tables(begun: QuiesceBegun, ended: QuiesceEnded | None, status: int) -> list[Table]:
+    """Report a whole frozen window: what froze, what the command returned, how it ended."""
+    frozen, *parts = begun_tables(begun)
+    ending = _ended_rows(ended) if ended else [("did not hold", "as far as can be told")]
+    return [*parts, Table("freeze", [*frozen.rows, ("command returned", str(status)), *ending])]
+
+
+def filesystem_tables(filesystems: Sequence[FilesystemResult], writers: Sequence[WriterResult]) -> list[Table]:
+    """One row for each file system, and each writer if there are any."""
+    tables = []
+    if filesystems:
+        rows = [(f.mountpoint, f.device, f.type, f.state, format_ms(f.freeze_ms), f.reason or "") for f in filesystems]
+        tables.append(Table("file systems", rows, ("MOUNT POINT", "DEVICE", "TYPE", "STATE", "FREEZE", "REASON")))
+    if writers:
+        names = [(w.name, w.state, format_ms(w.ms), w.reason or "") for w in writers]
+        tables.append(Table("writers", names, ("WRITER", "STATE", "TOOK", "REASON")))
+    return tables
+
+
+def online_tables(result: OnlineResult) -> list[Table]:
+    """What became of memory blocks."""
+    rows = [
+        (
+            str(block.phys_index),
+            block.zone,
+            block.result,
+            format_ms(block.online_us / 1000) if block.online_us is not None else "",
+            block.reason or "",
+        )
+        for block in result.blocks
+    ]
+    title = f"{format_size(result.bytes)} brought online"
+    return [Table(title, rows, ("BLOCK", "ZONE", "RESULT", "TOOK", "REASON"))]
+
+
+def event_line(event: Event) -> str:
+    """One event: the guest's time, its name, its figures."""
+    seconds, microseconds = divmod(event.timestamp_us, 1_000_000)
+    try:
+        stamp = time.strftime("%H:%M:%S", time.localtime(seconds))
+    except (OverflowError, OSError, ValueError):  # whatever the guest's clock says
+        stamp = "--:--:--"
+    stamp += f".{microseconds // 1000:03d}"
+    return " ".join([stamp, event.name, *(f"{key}={_value(value)}" for key, value in event.data.items())])
+
+
+def _value(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))

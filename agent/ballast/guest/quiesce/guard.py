@@ -1,8 +1,7 @@
 """The guard: freezes and thaws with descriptors that were opened before the freeze, and ends the lease.
 
-A process of its own, so that no ioctl that hangs can take the agent along. One thread for each file system issues its
-FIFREEZE and, when released, its FITHAW: a freeze that returns into a cancelled session is thawed by the same thread at
-once, with no window between. The main thread never makes a call that can wait: no disk, no logging, no imports, no
+A process of its own, so that no ioctl that hangs can take the agent along. Threads of ``freezer`` issue the ioctls;
+the main thread never makes a call that can wait: no disk, no logging, no imports, no
 waiting notify. It ends the session when the agent says so, at lease end, on SIGTERM, and when the agent's socket
 closes, whatever the reason. Memory is locked, threads are started before the first ioctl.
 """
@@ -16,158 +15,17 @@ import signal
 import socket
 import struct
 import sys
-import threading
-from collections.abc import Callable
 from typing import Any
 
 from systemd.daemon import listen_fds
 
-from ballast.guest.linux import fsfreeze, mman, notify
+from ballast.guest.linux import mman, notify
 from ballast.guest.quiesce import guard_protocol as protocol
+from ballast.guest.quiesce.freezer import Freezes
 
 IDLE_EXIT_S = 60.0
 TICK_S = 1.0  # the watchdog is fed at least this often
-LEVEL_THAW_S = 1.0  # how long one level's thaw may hold up the next
 _UCRED = struct.Struct("3i")
-
-
-class Freezer:
-    """One file system and the thread that freezes and thaws it.
-
-    States: waiting -> freezing -> frozen -> thawed; "failed" if FIFREEZE said no, "untouched" if it never ran.
-    ``errno`` is that of the failed FIFREEZE, or of the FITHAW (EINVAL: somebody else thawed it before).
-    """
-
-    def __init__(self, fd: int, changed: Callable[[], None]) -> None:
-        self.fd = fd
-        self.state = "waiting"
-        self.errno = 0
-        self.freeze_s = 0.0
-        self.go = threading.Event()
-        self.release = threading.Event()
-        self._changed = changed
-        threading.Thread(target=self._run, daemon=True).start()
-
-    @property
-    def is_settled(self) -> bool:
-        """Whether its FIFREEZE has returned."""
-        return self.state not in ("waiting", "freezing")
-
-    @property
-    def is_over(self) -> bool:
-        """Whether nothing is left to thaw."""
-        return self.state in ("thawed", "failed", "untouched")
-
-    def _run(self) -> None:
-        self.go.wait()
-        if self.release.is_set():
-            self.state = "untouched"
-        else:
-            self._freeze_and_thaw()
-        os.close(self.fd)
-        self._changed()
-
-    def _freeze_and_thaw(self) -> None:
-        self.state = "freezing"
-        started_s = protocol.boottime_s()
-        try:
-            fsfreeze.freeze(self.fd)
-        except OSError as error:
-            self.errno = error.errno or 0
-            self.state = "failed"
-            return
-        self.freeze_s = protocol.boottime_s() - started_s
-        self.state = "frozen"
-        self._changed()
-        self.release.wait()
-        try:
-            fsfreeze.thaw(self.fd)
-        except OSError as error:
-            self.errno = error.errno or 0
-        self.state = "thawed"
-
-
-class Hold:
-    """One session: levels of file systems, frozen first to last and thawed last to first."""
-
-    def __init__(self, levels: list[list[int]], fds: list[int], expires_s: float, changed: Callable[[], None]) -> None:
-        self.freezers = [Freezer(fd, changed) for fd in fds]
-        self.expires_s = expires_s
-        self.cause: str | None = None
-        self._levels = [[self.freezers[i] for i in level] for level in levels]
-        self._to_freeze = list(self._levels)
-        self._to_thaw: list[list[Freezer]] = []
-        self._level_since_s = 0.0
-        self._told: set[int] = set()
-        self._told_frozen = False
-        self._told_thawed = False
-
-    @property
-    def is_over(self) -> bool:
-        """Whether no thread of this session is left."""
-        return all(freezer.is_over for freezer in self.freezers)
-
-    def cancel(self, cause: str) -> None:
-        """Begin to thaw; the first cause stays."""
-        if self.cause is None:
-            self.cause = cause
-            self._to_thaw = list(self._levels)
-            self._level_since_s = 0.0
-
-    def advance(self, now_s: float) -> list[dict[str, Any]]:
-        """Take the next steps that can be taken, and return what the agent is to be told."""
-        messages = self._news()
-        if self.cause is None and now_s >= self.expires_s:
-            self.cancel("lease")
-        if self.cause is None:
-            self._freeze_on()
-            if not self._to_freeze and not self._told_frozen and all(f.is_settled for f in self.freezers):
-                self._told_frozen = True
-                messages = [*messages, *self._news(), {"event": "frozen"}]
-        else:
-            self._thaw_on(now_s)
-            done = not self._to_thaw and all(f.is_over or f.state == "freezing" for f in self.freezers)
-            if done and not self._told_thawed:
-                self._told_thawed = True
-                messages = [*messages, {"event": "thawed", "cause": self.cause, "filesystems": self._report()}]
-        return messages
-
-    def _freeze_on(self) -> None:
-        while self._to_freeze:
-            level = self._to_freeze[0]
-            for freezer in level:
-                freezer.go.set()
-            if not all(freezer.is_settled for freezer in level):
-                return
-            self._to_freeze.pop(0)
-
-    def _thaw_on(self, now_s: float) -> None:
-        while self._to_thaw:
-            level = self._to_thaw[-1]
-            for freezer in level:
-                freezer.release.set()
-                freezer.go.set()
-            self._level_since_s = self._level_since_s or now_s
-            stuck = [f for f in level if not f.is_over and f.state != "freezing"]
-            if stuck and now_s < self._level_since_s + LEVEL_THAW_S:
-                return
-            self._to_thaw.pop()
-            self._level_since_s = 0.0
-
-    def _news(self) -> list[dict[str, Any]]:
-        news = []
-        for index, freezer in enumerate(self.freezers):
-            if freezer.state in ("frozen", "failed") and index not in self._told:
-                self._told.add(index)
-                news.append({"event": "settled", "index": index} | self._describe(freezer))
-        return news
-
-    def _report(self) -> list[dict[str, Any]]:
-        return [self._describe(freezer) for freezer in self.freezers]
-
-    @staticmethod
-    def _describe(freezer: Freezer) -> dict[str, Any]:
-        return {"state": freezer.state, "errno": freezer.errno, "freeze_ms": round(1000 * freezer.freeze_s, 3)}
 
 
 class Guard:
@@ -176,7 +34,7 @@ class Guard:
     def __init__(self, listener: socket.socket) -> None:
         self._listener = listener
         self._client: socket.socket | None = None
-        self._hold: Hold | None = None
+        self._hold: Freezes | None = None
         self._stopping = False
         self._idle_since_s = protocol.boottime_s()
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -236,11 +94,13 @@ class Guard:
             return
         client.setblocking(False)
         uid = _UCRED.unpack(client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))[1]
-        if uid != os.geteuid() or self._client is not None or self._hold is not None or self._stopping:
+        if uid != os.geteuid() or self._hold is not None or self._stopping:
             with contextlib.suppress(OSError):
                 protocol.send(client, {"event": "busy"})
             client.close()
             return
+        if self._client is not None:  # it holds nothing, and its hanging up is only not heard yet
+            self._lose_client()
         self._client = client
         self._selector.register(client, selectors.EVENT_READ)
         self._tell({"event": "hello", "version": protocol.VERSION, "pid": os.getpid()})
@@ -267,7 +127,7 @@ class Guard:
         if message is None:
             self._lose_client()
         elif message["op"] == "freeze" and self._hold is None and not self._stopping:
-            self._hold = Hold(message["levels"], fds, float(message["expires_s"]), self._wake)
+            self._hold = Freezes(message["levels"], fds, float(message["expires_s"]), self._wake)
         elif message["op"] == "renew" and self._hold is not None and self._hold.cause is None:
             self._hold.expires_s = float(message["expires_s"])
             self._tell({"event": "renewed"})

@@ -9,26 +9,22 @@ import asyncio
 import contextlib
 import logging
 import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
 from ballast.guest.config import Quiesce as Settings
-from ballast.guest.linux import fsfreeze
-from ballast.guest.quiesce.forecast import FileSystem, Plan
+from ballast.guest.quiesce.forecast import Plan
 from ballast.guest.quiesce.guard_client import GuardConnection
 from ballast.guest.quiesce.guard_protocol import boottime_s
-from ballast.guest.quiesce.leftovers import open_filesystem
 from ballast.guest.quiesce.net import Net
 from ballast.guest.quiesce.outcome import Outcome, end_reason
-from ballast.guest.threads import in_thread
+from ballast.guest.quiesce.prepare import open_filesystems, sync_filesystems
 from ballast.wire.errors import AgentError, DeadlineExceeded, KernelFailure, LeaseExpired
 from ballast.wire.names import EndReason, QuiesceBegun, QuiesceEnded
 
 log = logging.getLogger(__name__)
 
-SYNC_PASSES = 2
 GUARD_START_S = 20.0
 THAW_S = 5.0  # how long the guard may take over an ordered thaw before the net does it
 
@@ -76,6 +72,11 @@ class Hold:
         self._ender: EndReason | None = None
         self._end_ordered_s: float | None = None
         self._frozen_at_s: float | None = None
+
+    @property
+    def is_holding(self) -> bool:
+        """Whether something may be frozen: until the last FITHAW, and while a FIFREEZE still waits for a writer."""
+        return not self.ended.done() or bool(self.outcome.in_state("freezing"))
 
     async def run(self) -> None:
         """Freeze, hold and thaw. Never raises: what goes wrong is told by the two futures."""
@@ -137,45 +138,17 @@ class Hold:
 
     async def _prepare(self) -> tuple[list[int], float, GuardConnection]:
         """Open, write out and start the guard, the last beside the others. All that needs a working disk is here."""
+        settings = self._around.settings
         connecting = asyncio.ensure_future(GuardConnection.open(self._around.guard_path, timeout_s=GUARD_START_S))
         try:
-            fds = await self._open_filesystems()
-            return fds, await self._sync(fds), await connecting
+            fds = await open_filesystems(self.plan.filesystems, timeout_s=settings.open_timeout_ms / 1000)
+            for fd in fds:
+                self._resources.callback(os.close, fd)
+            return fds, await sync_filesystems(fds, timeout_s=settings.sync_timeout_ms / 1000), await connecting
         except BaseException:
             with contextlib.suppress(AgentError):
                 (await connecting).close()
             raise
-
-    async def _open_filesystems(self) -> list[int]:
-        """Open each in a thread, since a path can lead through a dead network mount. Names every one that fails."""
-        filesystems = self.plan.filesystems
-        opens = [in_thread(_opener(f), name="quiesce-open", discard=os.close) for f in filesystems]
-        fds: list[int] = []
-        troubles: list[AgentError] = []
-        deadline_s = time.monotonic() + self._around.settings.open_timeout_ms / 1000
-        for filesystem, opening in zip(filesystems, opens, strict=True):
-            try:
-                async with asyncio.timeout(max(0.0, deadline_s - time.monotonic())):
-                    fds.append(await opening)
-                self._resources.callback(os.close, fds[-1])
-            except TimeoutError:
-                troubles.append(DeadlineExceeded(f"failed to open {filesystem.mountpoint}: it does not answer"))
-            except OSError as error:
-                troubles.append(KernelFailure.of("open", filesystem.mountpoint, error))
-        if troubles:
-            raise type(troubles[0])("; ".join(trouble.desc for trouble in troubles), **troubles[0].data)
-        return fds
-
-    async def _sync(self, fds: list[int]) -> float:
-        """Write out dirty data twice, all file systems at once, so that the freeze has little left to write."""
-        started_s = time.monotonic()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._around.settings.sync_timeout_ms / 1000):
-                for _ in range(SYNC_PASSES):
-                    for done in [in_thread(_syncer(fd), name="quiesce-sync") for fd in fds]:
-                        with contextlib.suppress(OSError):  # FIFREEZE will say it with more right
-                            await done
-        return time.monotonic() - started_s
 
     def _start(self, guard: GuardConnection, fds: list[int]) -> None:
         """Arm the net, then let the guard begin."""
@@ -197,7 +170,10 @@ class Hold:
             while True:
                 message = await self._receive(max(0.0, deadline_s - boottime_s()))
                 if message["event"] in ("thawed", "net"):
-                    await self._lose(message)
+                    cause = str(message.get("cause", "guard-lost"))
+                    await self._lose(
+                        message, LeaseExpired("the freeze ended before everything was frozen", cause=cause)
+                    )
                 if self.outcome.in_state("failed") and not self.order.degrade:
                     break
                 if message["event"] == "frozen":
@@ -206,14 +182,12 @@ class Hold:
             return
         error = self._accuse()
         self.order_end()
-        self.begun.set_exception(error)
-        await self._end()
-        raise error
+        await self._lose(await self._until("thawed", "net"), error)
 
-    async def _lose(self, final: dict[str, Any]) -> NoReturn:
-        error = LeaseExpired("the freeze ended before everything was frozen", cause=str(final.get("cause")))
-        self.begun.set_exception(error)
+    async def _lose(self, final: dict[str, Any], error: AgentError) -> NoReturn:
+        """All that could be thawed is: say what went wrong."""
         self._conclude(final)
+        self.begun.set_exception(error)
         await self._linger()
         raise error
 
@@ -245,6 +219,8 @@ class Hold:
         message = await self._guard.receive(timeout_s=timeout_s)
         if message["event"] == "settled":
             self.outcome.settle(message)
+            if message["state"] == "failed" and self._net is not None:
+                self._net.forget(message["index"])
         elif message["event"] == "renewed" and self._renewed is not None and not self._renewed.done():
             self._renewed.set_result(None)
         return message
@@ -283,20 +259,3 @@ class Hold:
             if not future.done():
                 future.set_exception(error)
                 future.exception()  # seen: it is no fault if nobody asks
-
-
-def _opener(filesystem: FileSystem) -> Callable[[], int]:
-    return lambda: open_filesystem(list(filesystem.mountpoints), filesystem.device)
-
-
-def _syncer(fd: int) -> Callable[[], None]:
-    """Sync by a descriptor of its own: the pass may be given up, and the hold close ``fd``, while it still runs."""
-    own = os.dup(fd)
-
-    def sync() -> None:
-        try:
-            fsfreeze.sync(own)
-        finally:
-            os.close(own)
-
-    return sync

@@ -35,8 +35,13 @@ class Net:
         self._fired = fired
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._order = ""
+        self._not_ours: set[int] = set()
         self._lock = threading.Lock()
         threading.Thread(target=self._run, name="quiesce-net", daemon=True).start()
+
+    def forget(self, index: int) -> None:
+        """This one was not frozen by us: if it is frozen, it is a stranger's to thaw."""
+        self._not_ours.add(index)
 
     def close(self) -> None:
         """All is thawed: nothing to do. Too late if it has fired."""
@@ -76,6 +81,7 @@ class Net:
         threads = [
             threading.Thread(target=self._thaw, args=(index, fd, thawed), daemon=True)
             for index, fd in enumerate(self._fds)
+            if index not in self._not_ours
         ]
         for thread in threads:
             thread.start()

@@ -46,8 +46,9 @@ class Outcome:
         """Take in the guard's last word; True if somebody else had thawed one of them before."""
         broken = False
         for index, one in enumerate(said):
-            if one["state"] in ("thawed", "freezing"):
-                self._results[index] = replace(self._results[index], state=one["state"])
+            if one["state"] in ("thawed", "freezing", "untouched"):
+                state: Any = "freezing" if one["state"] == "freezing" else "thawed"
+                self._results[index] = replace(self._results[index], state=state)
                 broken = broken or one["errno"] == errno.EINVAL
         return broken
 

@@ -65,11 +65,13 @@ class Quiesce:
         self._around = Surroundings(settings, guard_path, self._opening, self._changed)
         self._current: Hold | None = None
         self._new = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
 
     @property
     def is_frozen(self) -> bool:
         """Whether a file system may be frozen by us: from before the first FIFREEZE until after the last FITHAW."""
-        return self._current is not None
+        return self._current is not None and self._current.is_holding
 
     async def run(self) -> None:
         """Clean up after an agent that died, then carry each session through."""
@@ -81,6 +83,7 @@ class Quiesce:
                 await self._current.run()
                 self._close_record()
                 self._current = None
+                self._idle.set()
 
     async def begin(
         self,
@@ -97,13 +100,11 @@ class Quiesce:
         _check_lease(lease_ms)
         if self._current is not None and self._current.order.id == session_id:
             return await asyncio.shield(self._current.begun)
-        self._refuse_while_held()
+        await self._wait_free()
         if session_id in self._record.answers:
             raise BadRequest("Parameter 'id' names a session that has ended", argument="id")
         plan = self._plan(mountpoints, exclude)
-        self._current = Hold(Order(session_id, lease_ms / 1000, degrade), plan, self._around)
-        self._new.set()
-        return await asyncio.shield(self._current.begun)
+        return await self._start(Order(session_id, lease_ms / 1000, degrade), plan)
 
     async def renew(self, session_id: str, lease_ms: int) -> QuiesceRenewed:
         """Let the lease end ``lease_ms`` from now. LeaseExpired if it has ended, NoSuchId."""
@@ -146,13 +147,10 @@ class Quiesce:
 
     async def qga_freeze(self, mountpoints: Collection[str] | None) -> int:
         """Freeze for the configured lease; number of file systems, of which unknown ones are ignored (QGA schema)."""
-        self._refuse_while_held()
+        await self._wait_free()
         session_id = _QGA_PREFIX + str(uuid.uuid4())
-        self._current = Hold(
-            Order(session_id, self._settings.lease_ms / 1000), self._plan(mountpoints, (), strict=False), self._around
-        )
-        self._new.set()
-        begun = await asyncio.shield(self._current.begun)
+        plan = self._plan(mountpoints, (), strict=False)
+        begun = await self._start(Order(session_id, self._settings.lease_ms / 1000), plan)
         count = _count(begun.filesystems, "frozen")
         if count == 0:  # nothing was frozen, so nobody will ask for the thaw
             await self.end(session_id)
@@ -183,11 +181,20 @@ class Quiesce:
             self._current.order_end("agent-restarted")
             await asyncio.wait([self._current.ended], timeout=10)
 
-    def _refuse_while_held(self) -> None:
+    async def _wait_free(self) -> None:
+        """Let a session that has thawed finish; Busy if one is held."""
+        if not self.is_frozen:
+            await self._idle.wait()
         if self._current is not None:
             left_ms = self.status().lease_left_ms
             held = self._current.order.id
             raise Busy(f"a freeze is held by {held}", id=held, **({"lease-left-ms": left_ms} if left_ms else {}))
+
+    async def _start(self, order: Order, plan: Plan) -> QuiesceBegun:
+        self._current = Hold(order, plan, self._around)
+        self._idle.clear()
+        self._new.set()
+        return await asyncio.shield(self._current.begun)
 
     def _plan(self, mountpoints: Collection[str] | None, exclude: Collection[str], *, strict: bool = True) -> Plan:
         try:
@@ -209,12 +216,8 @@ class Quiesce:
 
     def _opening(self, hold: Hold, guard_pid: int) -> None:
         try:
-            self._record.open = record.Open(
-                hold.order.id,
-                guard_pid,
-                record.process_start(guard_pid),
-                [{"mountpoints": list(f.mountpoints), "device": f.device} for f in hold.plan.filesystems],
-            )
+            start = record.process_start(guard_pid)
+            self._record.open = record.Open(hold.order.id, guard_pid, start, _to_thaw(hold))
             record.write_record(self._record_path, self._record)
         except OSError as error:
             raise KernelFailure.of("write", self._record_path, error) from error
@@ -227,6 +230,9 @@ class Quiesce:
             self._record.remember(hold.order.id, ended, now_s=boottime_s(), unreported=by_itself)
             self._write_record()
             data["state"] = "thawed"
+        elif hold.state == "frozen" and self._record.open is not None:
+            self._record.open.filesystems = _to_thaw(hold)  # without what a stranger has frozen
+            self._write_record()
         log.info("freeze %s is %s%s", hold.order.id, data["state"], f": {reason}" if reason else "")
         self._events.publish("BALLAST_QUIESCE", data | ({"reason": reason} if reason else {}))
 
@@ -269,3 +275,10 @@ def _check_lease(lease_ms: int) -> None:
 
 def _count(filesystems: list[FilesystemResult], state: str) -> int:
     return sum(1 for one in filesystems if one.state == state)
+
+
+def _to_thaw(hold: Hold) -> list[dict[str, Any]]:
+    """What a cleaner has to thaw, as the record holds it."""
+    left = {one.mountpoint for one in hold.outcome.filesystems if one.state in ("freezing", "frozen")}
+    ours = [filesystem for filesystem in hold.plan.filesystems if filesystem.mountpoint in left]
+    return [{"mountpoints": list(one.mountpoints), "device": one.device} for one in ours]

@@ -25,7 +25,7 @@ T = TypeVar("T")
 LEASE_LEAST_S = 1.0
 # An agent that restarts or a daemon that is upgraded is back by then, and then tells whether the freeze held.
 END_PATIENCE_S = 30.0
-END_RETRY_S = 0.5
+RETRY_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +124,7 @@ class FrozenWindow:
                 if clock() > deadline_s:
                     raise
                 self._tell(f"{error.desc}; trying again to thaw")
-                await asyncio.sleep(END_RETRY_S)
+                await asyncio.sleep(RETRY_S)
 
     async def leave_held(self) -> None:
         """Let it be: the lease thaws it, or somebody who knows the id."""
@@ -134,9 +134,9 @@ class FrozenWindow:
     async def _renew(self) -> None:
         """Renew at each third of the lease, as long as ``max_hold_s`` allows."""
         clock, plan = asyncio.get_running_loop().time, self._plan
-        until_s = clock() + plan.max_hold_s
+        until_s, pause_s = clock() + plan.max_hold_s, plan.lease_s / 3
         while True:
-            await asyncio.sleep(plan.lease_s / 3)
+            await asyncio.sleep(pause_s)
             lease_s = min(plan.lease_s, until_s - clock())
             if lease_s < LEASE_LEAST_S:
                 self._tell("held as long as it may be: the lease is not renewed any more")
@@ -145,8 +145,10 @@ class FrozenWindow:
             renew = partial(Agent.quiesce_renew, id_=self.id, lease_ms=lease_ms, timeout_s=plan.lease_s / 3)
             try:
                 await self._ask(renew)
+                pause_s = plan.lease_s / 3
             except PeerGone as error:
                 self._tell(f"{error.desc}; the lease was not renewed, trying again")
+                pause_s = min(RETRY_S, plan.lease_s / 3)
             except AgentError as error:
                 self._tell(f"the lease cannot be renewed: {error.desc}")
                 return

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,7 @@ class FakeAgent:
             "ballast-authenticate": {},
         }
         self.greeting = b""
+        self.loop = asyncio.get_running_loop()
         self.asked: list[tuple[str, dict[str, Any]]] = []
         self.writers: list[asyncio.StreamWriter] = []
         self._changed = asyncio.Event()
@@ -186,3 +188,25 @@ async def serve(path: Path) -> AsyncIterator[FakeAgent]:
         for answering in list(fake._serving):
             answering.cancel()
         await asyncio.wait_for(server.wait_closed(), DEADLINE_S)
+
+
+@contextlib.contextmanager
+def serve_in_thread(path: Path) -> Iterator[FakeAgent]:
+    """A fake agent with a loop of its own, for what runs a loop itself."""
+    started: concurrent.futures.Future[tuple[FakeAgent, asyncio.Event]] = concurrent.futures.Future()
+
+    async def run() -> None:
+        async with serve(path) as fake:
+            done = asyncio.Event()
+            started.set_result((fake, done))
+            await done.wait()
+
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        ended = thread.submit(asyncio.run, run())
+        fake, done = started.result(DEADLINE_S)
+        loop = fake.loop
+        try:
+            yield fake
+        finally:
+            loop.call_soon_threadsafe(done.set)
+            ended.result(DEADLINE_S)

@@ -9,6 +9,7 @@ import socket
 import threading
 import uuid
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any
 
 Line = dict[str, Any]
@@ -58,7 +59,8 @@ class Channel:
         self._socket.close()
 
     def _read(self) -> None:
-        with self._socket.makefile("rb") as lines:
+        # A process that is killed with something unread resets the connection instead of ending it.
+        with suppress(ConnectionError), self._socket.makefile("rb") as lines:
             for text in lines:
                 line = json.loads(text)
                 if answer := self._waiting.get(line.get("id")):

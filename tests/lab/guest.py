@@ -5,6 +5,7 @@ with the thread that started it (PR_SET_PDEATHSIG), so start guests from a threa
 """
 
 import base64
+import os
 import re
 import shutil
 import socket
@@ -28,6 +29,7 @@ ANSWER_GRACE_S = 30
 CONSOLE_TAIL_LINES = 40
 # How much of a failed command's output its exception carries, from the end.
 SAID_CHARS = 4000
+DIR_PREFIX = "ballast-guest-"
 
 
 class BootFailed(Exception):
@@ -75,7 +77,8 @@ class Guest:
         append: str = "",
     ) -> None:
         self.image = image
-        self.dir = Path(tempfile.mkdtemp(prefix="ballast-guest-"))
+        _sweep()
+        self.dir = Path(tempfile.mkdtemp(prefix=f"{DIR_PREFIX}{os.getpid()}-"))
         self.console = self.dir / "console.log"
         self.ballast_port = self.dir / "ballast.sock"
         self.qga_port = self.dir / "qga.sock"
@@ -237,8 +240,18 @@ class Guest:
                 return data
 
     def hot_add(self, bytes_: int, dimm_id: str) -> None:
-        """Plug in a DIMM; its blocks are offline until somebody onlines them."""
+        """Plug in a DIMM; its blocks are offline until somebody onlines them.
+
+        With the vsock device there is room for 7 DIMMs: vhost-user's 8 memory slots are the limit, and raise QmpError.
+        """
         # Shared like the rest: a vhost-user device must be able to map all of the guest's memory.
         backend = f"memory-{dimm_id}"
         self.qmp("object-add", qom_type="memory-backend-memfd", id=backend, size=bytes_, share=True)
         self.qmp("device_add", driver="pc-dimm", id=dimm_id, memdev=backend)
+
+
+def _sweep() -> None:
+    """Remove the folders of test processes that were killed."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{DIR_PREFIX}*-*"):
+        if not Path("/proc", folder.name.removeprefix(DIR_PREFIX).split("-")[0]).exists():
+            shutil.rmtree(folder, ignore_errors=True)

@@ -52,12 +52,14 @@ MASKED_UNITS = (
     "proc-sys-fs-binfmt_misc.automount", "dev-hugepages.mount", "keyboard-setup.service", "console-setup.service",
 )  # fmt: skip
 
-# Files in the guest, by path. The machine id is fixed: an empty one makes every boot a first boot with presets.
+# Without one, every boot of an overlay would be a first boot, with all of its presets.
+MACHINE_ID = "ba11a57000000000000000000000001a"
+
+# Files in the guest, by path.
 FILES = {
     "/etc/hostname": "lab\n",
     "/etc/hosts": "127.0.0.1 localhost lab\n",
     "/etc/fstab": f"LABEL={ROOT_LABEL} / ext4 defaults 0 0\n",
-    "/etc/machine-id": "ba11a57000000000000000000000001a\n",
     "/etc/systemd/journald.conf.d/lab.conf": "[Journal]\nStorage=persistent\n",
     "/etc/systemd/system/lab-shell.service": """\
 [Unit]
@@ -144,6 +146,7 @@ def _build_into(folder: Path, suite: str) -> None:
     _write_files(files)
     _say(f"{suite}: installing Debian into a folder, about a minute and a half")
     _run(*_mmdebstrap(suite, tree, files))
+    (tree / "etc/machine-id").write_text(f"{MACHINE_ID}\n")  # mmdebstrap takes care to leave none
     _say(f"{suite}: making the root file system")
     shutil.copy(next(tree.glob("boot/vmlinuz-*")), result / "vmlinuz")
     shutil.copy(next(tree.glob("boot/initrd.img-*")), result / "initrd.img")

@@ -213,7 +213,7 @@ def _add_watch(parser: argparse.ArgumentParser) -> None:
         type=_as(_parse_psi),
         action="append",
         metavar="KIND:STALL:WINDOW",
-        help="pressure to be told of: some or full, and microseconds (default: some:150000:1000000); may be repeated",
+        help="pressure to be told of: some or full, and microseconds; may be repeated (default: the agent's choice)",
     )
     parser.add_argument("--demand", type=int, metavar="MS", help="also print what the guest needs, every MS")
 

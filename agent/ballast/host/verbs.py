@@ -23,17 +23,15 @@ from ballast.wire.errors import (
     Busy,
     Frozen,
     LeaseExpired,
-    NotSupported,
     Refused,
     StaleEpoch,
     Unauthenticated,
 )
-from ballast.wire.names import BlockResult, DemandInterval, PsiTrigger, QuiesceBegun
+from ballast.wire.names import BlockResult, DemandInterval, QuiesceBegun
 
 Connect = Callable[[], AbstractAsyncContextManager[Agent]]
 Verb = Callable[[argparse.Namespace, Connect], Awaitable[int]]
 
-DEFAULT_PSI = PsiTrigger("some", 150_000, 1_000_000)
 # How long a command that is told to end may take, before it is killed, and then.
 TERMINATE_S = 5.0
 KILL_S = 1.0
@@ -90,13 +88,7 @@ async def watch(args: argparse.Namespace, connect: Connect) -> int:
     """Print events until interrupted."""
     async with connect() as agent:
         demand = DemandInterval(args.demand) if args.demand is not None else None
-        try:
-            await agent.subscribe(psi=args.psi or [DEFAULT_PSI], demand=demand)
-        except NotSupported as error:
-            if args.psi:
-                raise
-            say(f"{error.desc}; watching without pressure")
-            await agent.subscribe(demand=demand)
+        await agent.subscribe(psi=args.psi, demand=demand)
         say("watching, Ctrl-C ends it")
         last_seq: int | None = None
         async for event in agent.events():

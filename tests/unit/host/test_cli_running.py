@@ -148,9 +148,7 @@ async def test_watch_prints_events_until_it_is_interrupted(fake: FakeAgent) -> N
 
 async def test_watch_for_programs_prints_the_event_as_it_is(fake: FakeAgent) -> None:
     async with ballastctl("watch", fake.target, "--json") as running:
-        assert (await fake.wait_for(SUBSCRIBE))["psi"] == [
-            {"kind": "some", "stall-us": 150_000, "window-us": 1_000_000}
-        ]
+        assert await fake.wait_for(SUBSCRIBE) == {}
         await running.told("watching")
         fake.send_event(1, level="medium")
         event = json.loads(await running.line())
@@ -162,14 +160,11 @@ async def test_watch_for_programs_prints_the_event_as_it_is(fake: FakeAgent) -> 
     assert "closed the connection" in err
 
 
-async def test_watch_goes_on_without_pressure_where_the_kernel_has_none(fake: FakeAgent) -> None:
-    no_psi = Refusal("not-supported", "this kernel has no PSI")
-    fake.answers[SUBSCRIBE] = lambda arguments: no_psi if "psi" in arguments else {}
+async def test_watch_that_is_refused_says_why(fake: FakeAgent) -> None:
+    fake.answers[SUBSCRIBE] = Refusal("unauthenticated", "ballast-subscribe needs ballast-authenticate first")
     async with ballastctl("watch", fake.target) as running:
-        await running.told("this kernel has no PSI; watching without pressure")
-        await running.told("Ctrl-C")
-        running.process.send_signal(signal.SIGTERM)
-        assert (await running.end())[0] == 143
+        await running.told("ballast-subscribe needs ballast-authenticate first (--token-file)")
+        assert (await running.end())[0] == 4
 
 
 async def test_a_command_that_ignores_the_signal_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:

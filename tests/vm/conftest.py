@@ -1,0 +1,59 @@
+"""One boot for many tests: a Debian 13 guest with the packages installed, shared by all of this room.
+
+A test leaves the guest as it found it: thawed, agent and guard running, nothing of its own behind.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.lab.guest import Guest
+from tests.lab.image import build
+
+DIST = Path(__file__).parents[2] / "dist"
+DISKS = (("ext4", 512 << 20), ("xfs", 512 << 20), ("btrfs", 512 << 20))
+TOKEN = secrets.token_hex(16)
+
+
+def packages() -> list[Path]:
+    """What goes into a guest, as `make packages` has built it."""
+    return [next(DIST.glob(f"{name}_*.deb")) for name in ("ballast-common", "ballast-agent")]
+
+
+@contextmanager
+def boot(suite: str) -> Iterator[Guest]:
+    """A guest of that suite with three data disks and the agent installed."""
+    with Guest(build(suite), disks=DISKS, token=TOKEN) as guest:
+        guest.wait_boot()
+        guest.install(packages())
+        yield guest
+
+
+@pytest.fixture(scope="session")
+def guest() -> Iterator[Guest]:
+    """The shared guest."""
+    with boot("trixie") as booted:
+        yield booted
+
+
+@pytest.fixture(scope="session")
+def token() -> str:
+    """The guest's token."""
+    return TOKEN
+
+
+@pytest.fixture(scope="session")
+def vsock(guest: Guest) -> str:
+    """Connect string of the guest's vsock port."""
+    return f"unix:{guest.vsock_path}?connect=640"
+
+
+@pytest.fixture(scope="session")
+def serial(guest: Guest) -> str:
+    """Connect string of the guest's virtio-serial port."""
+    return f"unix:{guest.ballast_port}"

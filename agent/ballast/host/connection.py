@@ -99,7 +99,7 @@ class Connection:
         name = f"{self._session}-{next(self._count)}"
         line = Request(request.execute, request.arguments, {"id": name}).encode()
         if len(line) > LINE_LIMIT_BYTES:
-            raise BadRequest(f"the request is longer than {LINE_LIMIT_BYTES} bytes", limit_bytes=LINE_LIMIT_BYTES)
+            raise BadRequest(f"the request is longer than {LINE_LIMIT_BYTES} bytes")
         if self._gone:
             raise PeerGone(self._gone.desc)
         answer = self._waiting[name] = asyncio.get_running_loop().create_future()

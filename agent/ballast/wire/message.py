@@ -88,7 +88,8 @@ class Decoder:
     def _skip_line(self) -> Iterator[BadRequest]:
         self._skipping = True
         self._pending.clear()
-        yield BadRequest(f"request is longer than {self._limit_bytes} bytes", limit_bytes=self._limit_bytes)
+        limit = {"limit-bytes": self._limit_bytes}
+        yield BadRequest(f"request is longer than {self._limit_bytes} bytes", **limit)
 
     def _scan(self) -> int:
         """Return where the first message ends, or 0; each byte is looked at once."""

@@ -106,7 +106,7 @@ def read_value(annotation: Any, value: Any, where: str, *, strict: bool) -> Any:
         # QEMU's visitor takes no null for an optional argument; records may hold one.
         return None if value is None and not strict else _read_union(args, value, where, strict=strict)
     if origin is typing.Literal:
-        return _read_choice(args, value, where)
+        return _read_choice(args, value, where, strict=strict)
     if origin in (list, tuple):
         return _read_sequence(origin, args, value, where, strict=strict)
     if origin is dict:
@@ -132,10 +132,11 @@ def _read_union(args: tuple[Any, ...], value: Any, where: str, *, strict: bool) 
     return read_value(kind, value, where, strict=strict)
 
 
-def _read_choice(choices: tuple[Any, ...], value: Any, where: str) -> Any:
+def _read_choice(choices: tuple[Any, ...], value: Any, where: str, *, strict: bool) -> Any:
+    """Read one of ``choices``, or unless ``strict`` a word of a later release, for which no whole answer is lost."""
     if not isinstance(value, str):
         raise _wrong_type(where, "string")
-    if value not in choices:
+    if strict and value not in choices:
         raise BadRequest(f"Parameter '{where}' does not accept value '{value}'", argument=where, accepts=list(choices))
     return value
 

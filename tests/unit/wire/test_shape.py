@@ -78,6 +78,13 @@ def test_unknown_fields_of_records_are_ignored_at_any_depth() -> None:
     assert read == Whole("a", parts=[Part(3)])
 
 
+def test_words_of_a_later_release_are_read_in_records_and_refused_in_arguments() -> None:
+    later: dict[str, Any] = {"phys-index": 3, "zone": "device"}
+    assert to_wire(read_record(Part, later)) == later
+    with pytest.raises(BadRequest, match="does not accept value 'device'"):
+        read_record(Part, later, strict=True)
+
+
 def test_records_come_back_as_they_were() -> None:
     whole = Whole("a", 7, 1.5, True, "x", [Part(1, "kernel")], [(1, 2)], {"a": 3})
     assert read_record(Whole, to_wire(whole)) == whole

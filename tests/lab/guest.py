@@ -155,18 +155,27 @@ class Guest:
         return path
 
     def wait_boot(self, timeout_s: float = BOOT_TIMEOUT_S) -> None:
-        """Wait until systemd says `running`, then mount the data disks. Raises BootFailed."""
+        """Wait until systemd says `running`, then mount the data disks; also after a reboot. Raises BootFailed."""
         deadline_s = time.monotonic() + timeout_s
         try:
             state = self.run(["systemctl", "is-system-running", "--wait"], timeout_s=timeout_s, check=False)
             if state.stdout != "running\n":
                 raise BootFailed(f"systemd says {state.stdout}{self.run('systemctl --failed --no-legend').stdout}")
-            for disk in self.disks:
-                entry = f"/dev/disk/by-id/virtio-{disk.name} {disk.mountpoint} {disk.type} nofail"
-                script = f"mkdir {disk.mountpoint} && echo {entry} >>/etc/fstab && mount {disk.mountpoint}"
-                self.run(script, timeout_s=max(deadline_s - time.monotonic(), 1))
+            self.run(self._mount_script(), timeout_s=max(deadline_s - time.monotonic(), 1))
         except (TimeoutError, ConnectionError) as error:
             raise BootFailed(f"not up after {timeout_s:.0f} s; the console's end:\n{self.console_tail()}") from error
+
+    def _mount_script(self) -> str:
+        """Mount the data disks now, and by /etc/fstab at later boots; may run again."""
+        lines = []
+        for disk in self.disks:
+            entry = f"/dev/disk/by-id/virtio-{disk.name} {disk.mountpoint} {disk.type} nofail"
+            lines += [
+                f"mkdir -p {disk.mountpoint}",
+                f"grep -q {disk.mountpoint} /etc/fstab || echo {entry} >>/etc/fstab",
+                f"mountpoint -q {disk.mountpoint} || mount {disk.mountpoint}",
+            ]
+        return "\n".join([*lines, "sync -f /etc"])
 
     def console_tail(self) -> str:
         """The last lines of the serial console, without what moves the cursor, and what QEMU itself said."""

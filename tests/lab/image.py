@@ -108,7 +108,7 @@ def cache_dir() -> Path:
 
 
 def build(suite: str) -> Image:
-    """Return the image of a Debian suite, building it first if there is none: about two minutes.
+    """Return the image of a Debian suite, building it first if there is none: about a minute.
 
     Raises subprocess.CalledProcessError if a tool fails, PermissionError if it must build and is not root.
     """
@@ -144,7 +144,7 @@ def _build_into(folder: Path, suite: str) -> None:
     tree, files, result = work / "tree", work / "files", work / "result"
     result.mkdir(parents=True)
     _write_files(files)
-    _say(f"{suite}: installing Debian into a folder, about a minute and a half")
+    _say(f"{suite}: installing Debian into a folder, about a minute")
     _run(*_mmdebstrap(suite, tree, files))
     (tree / "etc/machine-id").write_text(f"{MACHINE_ID}\n")  # mmdebstrap takes care to leave none
     _say(f"{suite}: making the root file system")

@@ -150,6 +150,8 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace, command: l
             parser.error(f"no such command: {command[0]}")
     if args.verb is verbs.freeze and not _LEASE_S[0] <= args.lease <= _LEASE_S[1]:
         parser.error("--lease must be 1s to 600s")
+    if args.verb is verbs.freeze and args.max_hold < _LEASE_S[0]:
+        parser.error("--max-hold must be 1s or more")
     if args.verb is verbs.online and args.block and args.size is not None:
         parser.error("give a size or blocks, not both")
 

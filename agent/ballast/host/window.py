@@ -85,7 +85,7 @@ class FrozenWindow:
             self.begun = await self._ask(
                 lambda agent: agent.quiesce_begin(
                     self.id,
-                    round(1000 * plan.lease_s),
+                    round(1000 * min(plan.lease_s, plan.max_hold_s)),
                     mountpoints=plan.mountpoints,
                     exclude=plan.exclude,
                     level=plan.level,

@@ -46,6 +46,7 @@ def ctl(agent: FakeAgent, capfd: pytest.CaptureFixture[str]) -> Run:
         ("freeze", ["--", "/absent/command"], "no such command: /absent/command"),
         ("freeze", ["--lease", "0s"], "--lease must be 1s to 600s"),
         ("freeze", ["--lease", "601s"], "--lease must be 1s to 600s"),
+        ("freeze", ["--max-hold", "0.5s"], "--max-hold must be 1s or more"),
         ("freeze", ["--level", "database"], "invalid choice"),
         ("watch", ["--psi", "some:1"], "'some:1'"),
         ("watch", ["--psi", "half:1:2"], "KIND is some or full"),

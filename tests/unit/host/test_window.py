@@ -199,3 +199,9 @@ async def test_a_lease_that_is_over_is_told(fake: FakeAgent) -> None:
         await told.wait_for("the lease cannot be renewed: it ended by itself")
         await window.end()
     assert fake.count(RENEW) == 1
+
+
+async def test_no_lease_is_longer_than_the_longest_hold(fake: FakeAgent) -> None:
+    async with window_of(fake, lease_s=30.0, max_hold_s=5.0) as window:
+        await window.begin()
+    assert (await fake.wait_for(BEGIN))["lease-ms"] == 5000

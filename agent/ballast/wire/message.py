@@ -3,7 +3,8 @@
 A message ends at a newline, at the 0xFF of ``guest-sync-delimited``, or where its brackets close, whichever comes
 first: requests without a newline and objects back to back are read, as qemu-ga reads them. Unlike qemu-ga, a newline
 *always* ends a message, so that no input leaves the stream out of step.
-Texts of errors are qemu-ga 10.0's (qapi/qmp-dispatch.c, qobject/json-streamer.c).
+Texts of errors are qemu-ga 10.0's (qapi/qmp-dispatch.c, qobject/json-parser.c); only where it names a token as stray
+do we name the first character that is wrong.
 """
 
 from __future__ import annotations
@@ -23,6 +24,12 @@ _SEPARATOR = re.compile(rb"[\n\xff]")
 _STRUCTURE = re.compile(rb"\\.|[\"'{}\[\]]", re.DOTALL)
 _QUOTED = re.compile(r"\"(?:\\.|[^\"\\])*\"|'(?:\\.|[^'\\])*'")
 _KEYWORD = re.compile(r"[a-z]+")
+# Of the module json, by how its message begins. The rest of them depend on what stands at the place of the error.
+_TEXTS = {
+    "Expecting ':'": "missing : in object pair",
+    "Expecting ','": "expected separator in dict",
+    "Invalid \\": "invalid escape sequence in string",
+}
 
 
 class Decoder:
@@ -118,14 +125,15 @@ def _parse(message: bytes) -> Any | BadRequest:
     try:
         text = message.decode()
     except UnicodeDecodeError:
-        return BadRequest("JSON parse error, invalid UTF-8 sequence")
+        return BadRequest("JSON parse error, invalid UTF-8 sequence in string")
     try:
         return _loads(text)
     except (ValueError, RecursionError) as error:
         problem = error
     if "'" in text:
+        text = _QUOTED.sub(_double_quoted, text)
         try:
-            return _loads(_QUOTED.sub(_double_quoted, text))
+            return _loads(text)
         except (ValueError, RecursionError) as error:
             problem = error
     return BadRequest(f"JSON parse error, {_describe(text, problem)}")
@@ -143,7 +151,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"invalid keyword '{name}'")
+    raise ValueError(f"stray '{name[0]}'")
 
 
 def _double_quoted(token: re.Match[str]) -> str:
@@ -155,12 +163,19 @@ def _double_quoted(token: re.Match[str]) -> str:
 
 
 def _describe(text: str, problem: Exception) -> str:
-    word = _KEYWORD.match(text.lstrip())
-    if word and word.group() not in ("true", "false", "null"):
-        return f"invalid keyword '{word.group()}'"
     if isinstance(problem, RecursionError):
         return "nesting too deep"
-    return problem.msg if isinstance(problem, json.JSONDecodeError) else str(problem)
+    if not isinstance(problem, json.JSONDecodeError):
+        return str(problem)
+    for beginning, own in _TEXTS.items():
+        if problem.msg.startswith(beginning):
+            return own
+    found = text[problem.pos : problem.pos + 1]
+    if word := _KEYWORD.match(text, problem.pos):
+        return f"invalid keyword '{word.group()}'"
+    if problem.msg.startswith("Expecting property name") and found.isdigit():
+        return "key is not a string in object"
+    return "expecting value" if found in tuple("{}[],:") or not found else f"stray '{found}'"
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,13 +31,13 @@ def decode(*chunks: bytes, limit_bytes: int = 1 << 20) -> list[Any]:
     ("stream", "desc"),
     [
         (b"nope\n", "JSON parse error, invalid keyword 'nope'"),
-        (b'{"a": nope}\n', "JSON parse error, Expecting value"),
-        (b'{"a": NaN}\n', "JSON parse error, invalid keyword 'NaN'"),
+        (b'{"a": nope}\n', "JSON parse error, invalid keyword 'nope'"),
+        (b'{"a": NaN}\n', "JSON parse error, stray 'N'"),
         (b'{"a": 1, "a": 2}\n', "JSON parse error, duplicate key"),
-        (b'{"a": \xc3\x28}\n', "JSON parse error, invalid UTF-8 sequence"),
-        (b"}\n", "JSON parse error, Expecting value"),
-        (b'{"a"\n', "JSON parse error, Expecting ':' delimiter"),
-        (b'"half a string\n', "JSON parse error, Unterminated string starting at"),
+        (b'{"a": \xc3\x28}\n', "JSON parse error, invalid UTF-8 sequence in string"),
+        (b"}\n", "JSON parse error, expecting value"),
+        (b'{"a"\n', "JSON parse error, missing : in object pair"),
+        (b'"half a string\n', "JSON parse error, stray '\"'"),
         (b"[" * 200_000 + b"\n", "JSON parse error, nesting too deep"),
         (b"\xff", STRAY),
     ],
@@ -68,7 +68,7 @@ def test_a_number_too_long_to_parse_is_a_bad_request() -> None:
         (b"null\n", [None]),
         ('{"a": "größer"}\n'.encode(), [{"a": "größer"}]),
         (b'{"half": \xff{"a": 1}\n', [STRAY, {"a": 1}]),
-        (b'{"half": "\n{"a": 1}\n', ["JSON parse error, Unterminated string starting at", {"a": 1}]),
+        (b'{"half": "\n{"a": 1}\n', ["JSON parse error, stray '\"'", {"a": 1}]),
     ],
 )
 def test_messages_end_at_newlines_delimiters_and_brackets(stream: bytes, values: list[Any]) -> None:

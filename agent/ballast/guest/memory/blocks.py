@@ -116,7 +116,7 @@ class Blocks:
         """Bring one block online or offline, with QGA's answer: a result and an errno. Takes ``OFFLINE_S`` at most."""
         state = self._state(index)
         if state is None:
-            return "not-found", None
+            return "not-found", errno.ENOENT
         if (state == "online") == online:
             return "success", None
         path = f"{MEMORY}/memory{index}/state"

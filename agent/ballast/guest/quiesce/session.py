@@ -20,9 +20,10 @@ from ballast.guest.events import Events
 from ballast.guest.linux.tree import Tree
 from ballast.guest.quiesce import guard_protocol, record
 from ballast.guest.quiesce.forecast import Plan, plan_freeze
+from ballast.guest.quiesce.guard_client import GuardConnection
 from ballast.guest.quiesce.guard_protocol import boottime_s
 from ballast.guest.quiesce.hold import Hold, Order, Surroundings
-from ballast.guest.quiesce.leftovers import thaw_leftovers
+from ballast.guest.quiesce.leftovers import RETRY_S, Leftover, is_running, thaw_leftovers
 from ballast.guest.threads import in_thread
 from ballast.wire.errors import AgentError, BadRequest, Busy, KernelFailure, LeaseExpired, NoSuchId, NotSupported
 from ballast.wire.names import (
@@ -42,7 +43,7 @@ LEASE_MIN_MS, LEASE_MAX_MS = 1_000, 600_000
 _ID_MAX = 128
 _GUARD_CGROUP = "sys/fs/cgroup/ballast.slice/ballast-guard.service/cgroup.procs"
 _QGA_PREFIX = "qga-"
-_LEFTOVERS_S = 60.0
+_LEFTOVERS_S, _GUARD_GREETS_S = 60.0, 2.0
 
 
 class Quiesce:
@@ -64,6 +65,7 @@ class Quiesce:
         self._record = record.Record()
         self._around = Surroundings(settings, guard_path, self._opening, self._changed)
         self._current: Hold | None = None
+        self._recovered = asyncio.Event()
         self._new = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -76,6 +78,7 @@ class Quiesce:
     async def run(self) -> None:
         """Clean up after an agent that died, then carry each session through."""
         await self._recover()
+        self._recovered.set()
         while True:
             await self._new.wait()
             self._new.clear()
@@ -121,6 +124,7 @@ class Quiesce:
         if self._current is not None and self._current.order.id == session_id:
             self._current.order_end(reason)
             return await asyncio.shield(self._current.ended)
+        await self._recovered.wait()
         answer = self._record.answers.get(session_id)
         if answer is None:
             raise NoSuchId(f"no freeze has the id {session_id}")
@@ -167,6 +171,7 @@ class Quiesce:
             if ended.reason not in ("lease-expired", "guard-lost"):
                 return _count(ended.filesystems, "thawed")
             raise LeaseExpired(f"the file systems were thawed before: {ended.reason}")
+        await self._recovered.wait()
         for answer in self._record.answers.values():
             if answer["unreported"]:
                 answer["unreported"] = False
@@ -256,9 +261,8 @@ class Quiesce:
         left = self._record.open
         if left is None:
             return
-        deadline_s = time.monotonic() + _LEFTOVERS_S
-        found = await in_thread(lambda: thaw_leftovers(left, deadline_s=deadline_s), name="quiesce-leftovers")
-        filesystems = [FilesystemResult(one.mountpoint, "", "", "thawed") for one in found]
+        found = await _clean_up(left, self._around.guard_path)
+        filesystems = [FilesystemResult(one.mountpoint, "", "", "thawed") for one in found if one.thawed]
         ended = QuiesceEnded(False, 0.0, 0.0, "agent-restarted", filesystems)
         unreported = left.id.startswith(_QGA_PREFIX)
         self._record.open = None
@@ -275,6 +279,22 @@ def _check_lease(lease_ms: int) -> None:
 
 def _count(filesystems: list[FilesystemResult], state: str) -> int:
     return sum(1 for one in filesystems if one.state == state)
+
+
+async def _clean_up(left: record.Open, guard_path: str) -> list[Leftover]:
+    """Thaw what an earlier agent left: what can be thawed at once, and again when its guard has nothing more to do.
+
+    A guard that lives says "busy" while a freeze of its own still waits for a writer, and then thaws that itself.
+    """
+    found = await in_thread(lambda: thaw_leftovers(left, deadline_s=0), name="quiesce-leftovers")
+    deadline_s = time.monotonic() + _LEFTOVERS_S
+    while is_running(left) and time.monotonic() < deadline_s:
+        try:
+            (await GuardConnection.open(guard_path, timeout_s=_GUARD_GREETS_S)).close()
+            break
+        except AgentError:
+            await asyncio.sleep(RETRY_S)
+    return found + await in_thread(lambda: thaw_leftovers(left, deadline_s=0), name="quiesce-leftovers")
 
 
 def _to_thaw(hold: Hold) -> list[dict[str, Any]]:

@@ -1,0 +1,168 @@
+"""Runs inside the guest: sees with its own writes when file systems are frozen, does harm, and sees when they thaw.
+
+    witness.py HARM MOUNTPOINT...
+
+Everything it needs is loaded and opened before the freeze, and it lives on a tmpfs, so that nothing of it waits for a
+frozen disk but the writes that are meant to. Prints one JSON object: {"thawed_s": {mountpoint: seconds from the harm
+to the first write that went through}, ...}. A rescuer in a process of its own thaws all after RESCUE_S, so that a
+failure ends as one.
+
+Harms: none, kill-agent, kill-guard, stop-guard; park, park+kill-guard and park+kill-agent hold a writer of the last
+mount point in the middle of its write (userfaultfd) while the lease runs out, and let it go when the others are thawed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import json
+import mmap
+import os
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+RESCUE_S = 40
+BLOCKED_S = 0.3  # a writer that has not come through for this long is held up
+PERIOD_S = 0.005
+
+# include/uapi/linux/userfaultfd.h
+_SYS_USERFAULTFD = 323
+_UFFDIO_API, _UFFDIO_REGISTER, _UFFDIO_COPY = 0xC018AA3F, 0xC020AA00, 0xC028AA03
+_UFFD_API, _MODE_MISSING = 0xAA, 1
+
+
+class Writer(threading.Thread):
+    """Overwrites one byte of a file again and again; ``last_s`` is when that last went through."""
+
+    def __init__(self, mountpoint: str) -> None:
+        super().__init__(daemon=True)
+        self.mountpoint = mountpoint
+        self.last_s = time.monotonic()
+        self._fd = os.open(Path(mountpoint, ".witness"), os.O_WRONLY | os.O_CREAT, 0o600)
+
+    def run(self) -> None:
+        """Write until the process ends."""
+        while True:
+            os.pwrite(self._fd, b"x", 0)
+            self.last_s = time.monotonic()
+            time.sleep(PERIOD_S)
+
+
+class ParkedWriter(threading.Thread):
+    """Stands still inside a write(2), holding the file system's write count, until let go."""
+
+    def __init__(self, mountpoint: str) -> None:
+        super().__init__(daemon=True)
+        libc = ctypes.CDLL(None, use_errno=True)
+        self._uffd = libc.syscall(_SYS_USERFAULTFD, os.O_CLOEXEC)
+        if self._uffd < 0:
+            raise OSError(ctypes.get_errno(), "userfaultfd")
+        fcntl.ioctl(self._uffd, _UFFDIO_API, bytearray(struct.pack("QQQ", _UFFD_API, 0, 0)))
+        self._page = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._page))
+        range_ = struct.pack("QQQQ", self._address, mmap.PAGESIZE, _MODE_MISSING, 0)
+        fcntl.ioctl(self._uffd, _UFFDIO_REGISTER, bytearray(range_))
+        self._libc = libc
+        self._fd = os.open(Path(mountpoint, ".parked"), os.O_WRONLY | os.O_CREAT, 0o600)
+
+    def run(self) -> None:
+        """Write the page that nobody has filled yet."""
+        self._libc.write(self._fd, ctypes.c_void_p(self._address), ctypes.c_size_t(mmap.PAGESIZE))
+
+    def park(self) -> None:
+        """Start, and wait until the kernel tells of the fault."""
+        self.start()
+        os.read(self._uffd, 32)
+
+    def let_go(self) -> None:
+        """Fill the page: the write goes on."""
+        source = ctypes.create_string_buffer(mmap.PAGESIZE)
+        copy = struct.pack("QQQQq", self._address, ctypes.addressof(source), mmap.PAGESIZE, 0, 0)
+        fcntl.ioctl(self._uffd, _UFFDIO_COPY, bytearray(copy))
+        self.join()
+
+
+def wait_for(condition: object, what: str, timeout_s: float = 30) -> None:
+    """Look every few milliseconds; exit with a message when it takes too long."""
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():  # type: ignore[operator]
+        if time.monotonic() > deadline_s:
+            sys.exit(f"witness: gave up waiting until {what}")
+        time.sleep(PERIOD_S)
+
+
+def main_pid(unit: str) -> int:
+    """The main process of a unit, from its cgroup: PID 1 is not asked for anything while its disk is frozen."""
+    return int(Path(f"/sys/fs/cgroup/ballast.slice/{unit}/cgroup.procs").read_text().split()[0])
+
+
+def harm(name: str) -> None:
+    """Kill or stop what the name says."""
+    unit = "ballast-agent.service" if name.endswith("agent") else "ballast-guard.service"
+    if name != "none":
+        os.kill(main_pid(unit), signal.SIGSTOP if name.startswith("stop") else signal.SIGKILL)
+
+
+def arm_rescuer(mountpoints: list[str]) -> subprocess.Popen[bytes]:
+    """Thaw everything after a while, from another process."""
+    thaw = "; ".join(f"fsfreeze --unfreeze {point} 2>/dev/null" for point in mountpoints)
+    return subprocess.Popen(["setsid", "sh", "-c", f"sleep {RESCUE_S}; {thaw}"])
+
+
+def first_writes(writers: list[Writer], since_s: float) -> dict[str, float]:
+    """Wait until every writer has come through once more; seconds from ``since_s`` to that, for each."""
+    seen: dict[str, float] = {}
+
+    def all_seen() -> bool:
+        for writer in writers:
+            if writer.last_s > since_s:
+                seen.setdefault(writer.mountpoint, round(writer.last_s - since_s, 3))
+        return len(seen) == len(writers)
+
+    wait_for(all_seen, "all writers go on", RESCUE_S + 20)
+    return seen
+
+
+def watch(name: str, mountpoints: list[str]) -> dict[str, object]:
+    """One freeze that somebody else begins, harmed; when it thawed."""
+    parked = ParkedWriter(mountpoints[-1]) if name.startswith("park") else None
+    if parked:
+        parked.park()
+        mountpoints = mountpoints[:-1]  # its file system never gets frozen whole, so it is not waited for
+    writers = [Writer(point) for point in mountpoints]
+    for writer in writers:
+        writer.start()
+    sys.stdout.write("ready\n")
+    sys.stdout.flush()
+    wait_for(lambda: all(time.monotonic() - w.last_s > BLOCKED_S for w in writers), "all is frozen")
+    sys.stdout.write("frozen\n")
+    sys.stdout.flush()
+    harmed_s = time.monotonic()
+    harm(name.removeprefix("park").removeprefix("+") or "none")
+    report: dict[str, object] = {"thawed_s": first_writes(writers, harmed_s)}
+    if parked:
+        writers.append(Writer(sys.argv[-1]))
+        let_go_s = time.monotonic()
+        parked.let_go()
+        writers[-1].start()
+        report["parked_thawed_s"] = first_writes(writers, let_go_s)
+    return report
+
+
+def main() -> None:
+    """Print what was seen."""
+    name, *mountpoints = sys.argv[1:]
+    rescuer = arm_rescuer(mountpoints)
+    try:
+        sys.stdout.write(json.dumps(watch(name, mountpoints)) + "\n")
+    finally:
+        os.killpg(rescuer.pid, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()

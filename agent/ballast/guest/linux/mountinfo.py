@@ -1,7 +1,8 @@
 r"""The table of mounts: proc_pid_mountinfo(5), ``fs/proc_namespace.c``.
 
-A line reads ``36 35 98:0 /root /mnt rw,noatime master:1 - ext3 /dev/root rw,errors=continue``; blanks in names are
-written as octal escapes such as ``\040``.
+A line reads ``36 35 98:0 /root /mnt rw,noatime master:1 - ext3 /dev/root rw,errors=continue``; blanks, newlines and
+backslashes in names are written as octal escapes such as ``\040``. Every other byte of a name stands as it is, and
+whoever may use fusermount(1) chooses names: they may hold what is no UTF-8 and what Python takes for an end of line.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Mount:
 
 def parse_mountinfo(text: str) -> list[Mount]:
     """All mounts, oldest first; ValueError names a line that cannot be read."""
-    return [_parse_line(line) for line in text.splitlines() if line]
+    return [_parse_line(line) for line in text.split("\n") if line]
 
 
 def _parse_line(line: str) -> Mount:

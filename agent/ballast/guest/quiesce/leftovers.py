@@ -55,7 +55,8 @@ def _device_of(fd: int) -> str:
     fields = dict(
         line.split(":\t", 1) for line in Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines() if ":\t" in line
     )
-    mounts = {mount.mount_id: mount.device for mount in parse_mountinfo(Path("/proc/self/mountinfo").read_text())}
+    table = parse_mountinfo(Path("/proc/self/mountinfo").read_text(errors="surrogateescape"))
+    mounts = {mount.mount_id: mount.device for mount in table}
     return mounts.get(int(fields["mnt_id"]), "")
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import pytest
 
 from ballast.wire.errors import BadRequest
-from ballast.wire.shape import parameters_of, read_parameters, read_record, to_wire, wire_name
+from ballast.wire.shape import Uint64, parameters_of, read_parameters, read_record, to_wire, wire_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +71,17 @@ def test_bad_arguments_are_told_in_qemus_words(given: dict[str, Any], desc: str)
 def test_a_record_is_an_object(value: Any) -> None:
     with pytest.raises(BadRequest):
         read_record(Whole, value)
+
+
+@pytest.mark.parametrize(("given", "read"), [(0, 0), (2**64 - 1, 2**64 - 1), (-1, 2**64 - 1), (-(2**63), 2**63)])
+def test_qapis_uint64_takes_what_fits_64_bits(given: int, read: int) -> None:
+    assert read_parameters({"x": ("x", Uint64, True)}, {"x": given}) == {"x": read}
+
+
+@pytest.mark.parametrize("given", [2**64, -(2**63) - 1, True, 1.0, "1", None, []])
+def test_qapis_uint64_has_a_text_of_its_own(given: Any) -> None:
+    with pytest.raises(BadRequest, match="Parameter 'x' expects uint64"):
+        read_parameters({"x": ("x", Uint64, True)}, {"x": given})
 
 
 def test_unknown_fields_of_records_are_ignored_at_any_depth() -> None:

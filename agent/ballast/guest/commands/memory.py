@@ -13,13 +13,14 @@ from ballast.guest.memory.blocks import Blocks
 from ballast.guest.memory.status import MemoryFacts
 from ballast.wire.errors import BadRequest
 from ballast.wire.names import MemoryStatus, OnlineResult, Zone
+from ballast.wire.shape import Uint64
 
 
 @dataclass(frozen=True, slots=True)
 class GuestMemoryBlock:
     """QGA's: ``can-offline`` is sysfs' ``removable``; absent in a request."""
 
-    phys_index: int
+    phys_index: Uint64
     online: bool
     can_offline: bool | None = None
 

@@ -51,24 +51,25 @@ class Peer:
         self._last_reply = False
 
     async def serve(self) -> None:
-        """Answer requests until the peer goes, is dropped or this task is cancelled."""
-        decoder = Decoder(LINE_LIMIT_BYTES)
+        """Answer requests until the peer goes, is dropped or this task is cancelled.
+
+        A peer that reads no more keeps its place until it is dropped: what it holds of ours stays bounded.
+        """
         try:
-            while data := await self._reader.read(_READ_BYTES):
-                for value in decoder.feed(data):
-                    reply = await self._table.answer(value, self)
-                    self._writer.write(reply.encode())
-                    await self._flush()
-                    if self._last_reply:
-                        return
+            with self.resources:
+                await self._answer_all()
+            self._writer.close()
+            async with asyncio.timeout(self._bounds.write_timeout_s):
+                await self._writer.wait_closed()
         except TimeoutError:
             log.warning("%s does not read its answers, dropped", self.origin)
+            self.drop()
         except (OSError, EOFError) as error:
             log.debug("%s went away: %s", self.origin, error)
         except Exception:  # a bug in one peer's handling must not end the others
             log.exception("%s: internal error, dropped", self.origin)
+            self.drop()
         finally:
-            self.resources.close()
             self._writer.close()
 
     def deliver(self, event: Event) -> bool:
@@ -90,6 +91,16 @@ class Peer:
     def close_after_reply(self) -> None:
         """End the connection once the command that runs now is answered."""
         self._last_reply = True
+
+    async def _answer_all(self) -> None:
+        decoder = Decoder(LINE_LIMIT_BYTES)
+        while data := await self._reader.read(_READ_BYTES):
+            for value in decoder.feed(data):
+                reply = await self._table.answer(value, self)
+                self._writer.write(reply.encode())
+                await self._flush()
+                if self._last_reply:
+                    return
 
     async def _flush(self) -> None:
         if self._writer.transport.get_write_buffer_size():

@@ -8,6 +8,7 @@ unplugged (ENODEV) or that another program has open (EBUSY), is tested in guests
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import pty
 import termios
@@ -71,7 +72,8 @@ class FakePort:
                 while len(data) < size:
                     readable.clear()
                     await readable.wait()
-                    data += os.read(self.master, 1 << 16)
+                    with contextlib.suppress(BlockingIOError):
+                        data += os.read(self.master, 1 << 16)
         finally:
             asyncio.get_running_loop().remove_reader(self.master)
         return data

@@ -63,9 +63,12 @@ def run_round(guest: Guest, name: str) -> dict[str, Any]:
     """One round; RoundFailed if it missed its bound or anything is left behind."""
     kind = KINDS[name]
     session_id = str(uuid.uuid4())
-    with _watching(guest, kind.harm) as report:
-        started_s = time.monotonic()
-        asyncio.run(_freeze_and_leave(guest, name, session_id))
+    started_s = time.monotonic()
+    try:
+        with _watching(guest, kind.harm) as report:
+            asyncio.run(_freeze_and_leave(guest, name, session_id))
+    except (AgentError, OSError) as error:
+        raise RoundFailed(f"the freeze failed: {error!r}") from error
     seen = report()
     ended = asyncio.run(_ask_for_the_end(guest, session_id))
     result = {"kind": name, **seen, "reason": ended.reason, "seconds": round(time.monotonic() - started_s, 1)}

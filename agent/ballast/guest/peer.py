@@ -17,6 +17,7 @@ from ballast.wire.message import LINE_LIMIT_BYTES, Decoder, Event
 log = logging.getLogger(__name__)
 
 _READ_BYTES = 1 << 16
+_FAIR_SHARE = 32  # quick requests in a row, before the other peers are looked at
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ selector does not ask for: the triggers live in an epoll of their own, itself wa
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import select
 from collections.abc import Callable, Sequence
@@ -17,6 +18,8 @@ from ballast.guest.linux import psi
 from ballast.guest.linux.tree import Tree
 from ballast.wire.errors import AgentError, BadRequest, Busy, KernelFailure, NotSupported
 from ballast.wire.names import Level, PsiTrigger
+
+log = logging.getLogger(__name__)
 
 PRESSURE_FILE = "proc/pressure/memory"
 DEFAULT_TRIGGERS = (PsiTrigger("some", 150_000, 1_000_000), PsiTrigger("full", 100_000, 1_000_000))
@@ -65,11 +68,15 @@ class Pressure:
     def watch(self, triggers: Sequence[PsiTrigger] | None, subscription: Subscription) -> Callable[[], None]:
         """Arm triggers for a subscriber and return what disarms them. Never blocks.
 
-        With None the default ones, or none where the kernel has no PSI: such a subscriber just hears no pressure.
-        BadRequest, NotSupported, Busy (too many), KernelFailure.
+        With None the default ones; where the kernel has no PSI or refuses them, such a subscriber just hears no
+        pressure. BadRequest, NotSupported, Busy (too many), KernelFailure.
         """
         if triggers is None:
-            triggers = DEFAULT_TRIGGERS if self.is_available else ()
+            try:
+                return self.watch(DEFAULT_TRIGGERS, subscription)
+            except (NotSupported, KernelFailure) as error:
+                log.warning("no pressure events for a subscriber: %s", error.desc)
+                return lambda: None
         for trigger in triggers:
             _check(trigger)
         if len(self._armed) + len(triggers) > self._max_triggers:

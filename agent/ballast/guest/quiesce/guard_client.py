@@ -6,10 +6,13 @@ import asyncio
 import contextlib
 import os
 import socket
+import time
 from typing import Any
 
 from ballast.guest.quiesce import guard_protocol as protocol
 from ballast.wire.errors import AgentError, Busy, DeadlineExceeded
+
+_RETRY_S = 0.1
 
 
 class GuardLost(AgentError):
@@ -30,7 +33,21 @@ class GuardConnection:
 
     @classmethod
     async def open(cls, path: str, *, timeout_s: float) -> GuardConnection:
-        """Connect, which makes systemd start the guard, and hear its greeting. GuardLost, Busy, DeadlineExceeded."""
+        """Connect, which makes systemd start the guard, and hear its greeting. GuardLost, Busy, DeadlineExceeded.
+
+        While an earlier guard is still leaving, systemd turns connections away: they are tried again.
+        """
+        deadline_s = time.monotonic() + timeout_s
+        while True:
+            try:
+                return await cls._open_once(path, timeout_s=max(0.0, deadline_s - time.monotonic()))
+            except GuardLost:
+                if time.monotonic() + _RETRY_S >= deadline_s:
+                    raise
+            await asyncio.sleep(_RETRY_S)
+
+    @classmethod
+    async def _open_once(cls, path: str, *, timeout_s: float) -> GuardConnection:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
         try:
             sock.connect(path)

@@ -158,7 +158,7 @@ class Hold:
             with contextlib.suppress(RuntimeError):  # the loop is closed: the agent is leaving
                 loop.call_soon_threadsafe(guard.inject, {"event": "net", "thawed": thawed})
 
-        self._net = Net(fds, guard.pidfd, self.expires_s, fired)
+        self._net = Net(fds, guard, self.expires_s, fired)
         self._resources.callback(self._net.close)
         position = {filesystem.device: index for index, filesystem in enumerate(self.plan.filesystems)}
         levels = [[position[filesystem.device] for filesystem in level] for level in self.plan.levels]

@@ -16,11 +16,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from ballast.guest.linux import fsfreeze
+from ballast.guest.linux import fsfreeze, notify
 from ballast.guest.linux.mountinfo import parse_mountinfo
 from ballast.guest.quiesce.record import PATH, Open, process_start, read_record
 
 RETRY_S = 0.1
+STOP_POST_S = 600.0  # as long as a lease can be
+_EXTEND_US = 3_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,7 @@ def _thaw(fd: int, session: Open, deadline_s: float) -> bool:
             return True
         if gone or time.monotonic() >= deadline_s:
             return False
+        notify.notify(f"EXTEND_TIMEOUT_USEC={_EXTEND_US}")  # as ExecStopPost= it has only TimeoutStopSec= otherwise
         time.sleep(RETRY_S)
 
 
@@ -99,7 +102,7 @@ def main() -> int:
     with contextlib.suppress(OSError, ValueError):
         session = read_record(PATH).open
         if session is not None:
-            for leftover in thaw_leftovers(session, deadline_s=time.monotonic() + 60):
+            for leftover in thaw_leftovers(session, deadline_s=time.monotonic() + STOP_POST_S):
                 if leftover.thawed:
                     sys.stderr.write(f"ballast: thawed {leftover.mountpoint}, which the guard left frozen\n")
     return 0

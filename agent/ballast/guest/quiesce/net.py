@@ -1,6 +1,6 @@
 """The agent's own net below a freeze: copies of the descriptors, in a thread that needs neither event loop nor guard.
 
-It thaws when the guard is gone, or a second after the lease ended and nobody had thawed (the guard is stopped or
+It thaws when the guard is gone or dying, or a second after the lease ended and nobody had thawed (the guard is stopped or
 stuck). A stuck guard is killed first, so that it freezes nothing more; and since a FIFREEZE that waits for a writer
 survives its process, each file system is tried until it thaws or no thread of the guard is left.
 """
@@ -16,10 +16,11 @@ import threading
 from collections.abc import Callable
 
 from ballast.guest.linux import fsfreeze
+from ballast.guest.quiesce.guard_client import GuardConnection
 from ballast.guest.quiesce.guard_protocol import boottime_s
 
 GRACE_S = 1.0  # after the lease's end, for the guard to do it
-_TICK_S = 1.0  # poll() counts no suspend, the lease does
+_TICK_S = 0.2  # poll() counts no suspend, as the lease does, and does not tell that a guard is only half dead
 _RETRY_S = 0.05
 
 
@@ -27,11 +28,16 @@ class Net:
     """``fds`` in the order of thawing, duplicated; ``fired`` is called from the thread with {index: thawed by us}."""
 
     def __init__(
-        self, fds: list[int], guard_pidfd: int, expires_s: float, fired: Callable[[dict[int, bool]], None]
+        self,
+        fds: list[int],
+        guard: GuardConnection,
+        expires_s: float,
+        fired: Callable[[dict[int, bool]], None],
     ) -> None:
         self.expires_s = expires_s
         self._fds = [os.dup(fd) for fd in fds]
-        self._pidfd = os.dup(guard_pidfd)
+        self._pidfd = os.dup(guard.pidfd)
+        self._stat_fd = os.open(f"/proc/{guard.pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
         self._fired = fired
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._order = ""
@@ -66,13 +72,24 @@ class Net:
             ready = {fd for fd, _ in poll.poll(1000 * max(0.0, min(_TICK_S, left_s)))}
             if self._order == "close":
                 break
-            if self._order == "fire" or self._pidfd in ready or boottime_s() >= self.expires_s + GRACE_S:
+            late = boottime_s() >= self.expires_s + GRACE_S
+            if self._order == "fire" or self._pidfd in ready or late or self._is_half_dead():
                 self._fired(self._thaw_all())
                 break
         with self._lock:
             self._order = "ended"
-            for fd in (*self._fds, self._pidfd, self._wake_fd):
+            for fd in (*self._fds, self._pidfd, self._stat_fd, self._wake_fd):
                 os.close(fd)
+
+    def _is_half_dead(self) -> bool:
+        """Whether the guard was killed while a thread of it waits in FIFREEZE.
+
+        Until that thread returns the pidfd is not ready and the socket not closed; only the main thread is a zombie.
+        """
+        try:
+            return os.pread(self._stat_fd, 1024, 0).rpartition(b")")[2].split()[0] in (b"Z", b"X")
+        except OSError:  # ESRCH: dead altogether
+            return True
 
     def _thaw_all(self) -> dict[int, bool]:
         with contextlib.suppress(OSError):  # it is gone already

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 import uuid
+from collections import deque
 from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
@@ -65,6 +66,8 @@ class Quiesce:
         self._record = record.Record()
         self._around = Surroundings(settings, guard_path, self._opening, self._changed)
         self._current: Hold | None = None
+        # A begin can come after its own end, over another connection: nobody waits for it any more.
+        self._ended_unbegun: deque[str] = deque(maxlen=64)
         self._recovered = asyncio.Event()
         self._new = asyncio.Event()
         self._idle = asyncio.Event()
@@ -104,6 +107,8 @@ class Quiesce:
         if self._current is not None and self._current.order.id == session_id:
             return await asyncio.shield(self._current.begun)
         await self._wait_free()
+        if session_id in self._ended_unbegun:
+            raise LeaseExpired("the session was ended before it began")
         if session_id in self._record.answers:
             raise BadRequest("Parameter 'id' names a session that has ended", argument="id")
         plan = self._plan(mountpoints, exclude)
@@ -127,6 +132,7 @@ class Quiesce:
         await self._recovered.wait()
         answer = self._record.answers.get(session_id)
         if answer is None:
+            self._ended_unbegun.append(session_id)
             raise NoSuchId(f"no freeze has the id {session_id}")
         return read_record(QuiesceEnded, answer["ended"])
 

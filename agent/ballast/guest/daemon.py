@@ -110,8 +110,6 @@ class Daemon:
             await self._quiesce.close()
             for task in tasks:
                 task.cancel()
-        if self._config.transports.unix:
-            Path(self._config.transports.unix).unlink(missing_ok=True)
 
     def _transports(self) -> list[Coroutine[Any, Any, None]]:
         """One serving coroutine for each transport that is configured and there."""

@@ -96,12 +96,14 @@ class Peer:
     async def _answer_all(self) -> None:
         decoder = Decoder(LINE_LIMIT_BYTES)
         while data := await self._reader.read(_READ_BYTES):
-            for value in decoder.feed(data):
+            for number, value in enumerate(decoder.feed(data), 1):
                 reply = await self._table.answer(value, self)
                 self._writer.write(reply.encode())
                 await self._flush()
                 if self._last_reply:
                     return
+                if number % _FAIR_SHARE == 0:
+                    await asyncio.sleep(0)  # the other peers' turn
 
     async def _flush(self) -> None:
         if self._writer.transport.get_write_buffer_size():

@@ -78,6 +78,12 @@ class Hold:
         """Whether something may be frozen: until the last FITHAW, and while a FIFREEZE still waits for a writer."""
         return not self.ended.done() or bool(self.outcome.in_state("freezing"))
 
+    def left_to_thaw(self) -> list[dict[str, Any]]:
+        """What a cleaner has to thaw, in the record's form: not what a stranger has frozen."""
+        left = {one.mountpoint for one in self.outcome.filesystems if one.state in ("freezing", "frozen")}
+        ours = [filesystem for filesystem in self.plan.filesystems if filesystem.mountpoint in left]
+        return [{"mountpoints": list(one.mountpoints), "device": one.device} for one in ours]
+
     async def run(self) -> None:
         """Freeze, hold and thaw. Never raises: what goes wrong is told by the two futures."""
         try:

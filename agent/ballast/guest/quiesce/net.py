@@ -1,7 +1,7 @@
 """The agent's own net below a freeze: copies of the descriptors, in a thread that needs neither event loop nor guard.
 
-It thaws when the guard is gone or dying, or a second after the lease ended and nobody had thawed (the guard is stopped or
-stuck). A stuck guard is killed first, so that it freezes nothing more; and since a FIFREEZE that waits for a writer
+It thaws when the guard is gone or dying, or a second after the lease ended and nobody had thawed (the guard is stopped
+or stuck). A stuck guard is killed first, so that it freezes nothing more; and since a FIFREEZE that waits for a writer
 survives its process, each file system is tried until it thaws or no thread of the guard is left.
 """
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 import uuid
 from collections import deque
 from collections.abc import Collection
@@ -21,11 +20,9 @@ from ballast.guest.events import Events
 from ballast.guest.linux.tree import Tree
 from ballast.guest.quiesce import guard_protocol, record
 from ballast.guest.quiesce.forecast import Plan, plan_freeze
-from ballast.guest.quiesce.guard_client import GuardConnection
 from ballast.guest.quiesce.guard_protocol import boottime_s
 from ballast.guest.quiesce.hold import Hold, Order, Surroundings
-from ballast.guest.quiesce.leftovers import RETRY_S, Leftover, is_running, thaw_leftovers
-from ballast.guest.threads import in_thread
+from ballast.guest.quiesce.recovery import clean_up
 from ballast.wire.errors import AgentError, BadRequest, Busy, KernelFailure, LeaseExpired, NoSuchId, NotSupported
 from ballast.wire.names import (
     EndReason,
@@ -44,7 +41,6 @@ LEASE_MIN_MS, LEASE_MAX_MS = 1_000, 600_000
 _ID_MAX = 128
 _GUARD_CGROUP = "sys/fs/cgroup/ballast.slice/ballast-guard.service/cgroup.procs"
 _QGA_PREFIX = "qga-"
-_LEFTOVERS_S, _GUARD_GREETS_S = 60.0, 2.0
 
 
 class Quiesce:
@@ -228,7 +224,7 @@ class Quiesce:
     def _opening(self, hold: Hold, guard_pid: int) -> None:
         try:
             start = record.process_start(guard_pid)
-            self._record.open = record.Open(hold.order.id, guard_pid, start, _to_thaw(hold))
+            self._record.open = record.Open(hold.order.id, guard_pid, start, hold.left_to_thaw())
             record.write_record(self._record_path, self._record)
         except OSError as error:
             raise KernelFailure.of("write", self._record_path, error) from error
@@ -242,7 +238,7 @@ class Quiesce:
             self._write_record()
             data["state"] = "thawed"
         elif hold.state == "frozen" and self._record.open is not None:
-            self._record.open.filesystems = _to_thaw(hold)  # without what a stranger has frozen
+            self._record.open.filesystems = hold.left_to_thaw()  # without what a stranger has frozen
             self._write_record()
         log.info("freeze %s is %s%s", hold.order.id, data["state"], f": {reason}" if reason else "")
         self._events.publish("BALLAST_QUIESCE", data | ({"reason": reason} if reason else {}))
@@ -267,7 +263,7 @@ class Quiesce:
         left = self._record.open
         if left is None:
             return
-        found = await _clean_up(left, self._around.guard_path)
+        found = await clean_up(left, self._around.guard_path)
         filesystems = [FilesystemResult(one.mountpoint, "", "", "thawed") for one in found if one.thawed]
         ended = QuiesceEnded(False, 0.0, 0.0, "agent-restarted", filesystems)
         unreported = left.id.startswith(_QGA_PREFIX)
@@ -285,26 +281,3 @@ def _check_lease(lease_ms: int) -> None:
 
 def _count(filesystems: list[FilesystemResult], state: str) -> int:
     return sum(1 for one in filesystems if one.state == state)
-
-
-async def _clean_up(left: record.Open, guard_path: str) -> list[Leftover]:
-    """Thaw what an earlier agent left: what can be thawed at once, and again when its guard has nothing more to do.
-
-    A guard that lives says "busy" while a freeze of its own still waits for a writer, and then thaws that itself.
-    """
-    found = await in_thread(lambda: thaw_leftovers(left, deadline_s=0), name="quiesce-leftovers")
-    deadline_s = time.monotonic() + _LEFTOVERS_S
-    while is_running(left) and time.monotonic() < deadline_s:
-        try:
-            (await GuardConnection.open(guard_path, timeout_s=_GUARD_GREETS_S)).close()
-            break
-        except AgentError:
-            await asyncio.sleep(RETRY_S)
-    return found + await in_thread(lambda: thaw_leftovers(left, deadline_s=0), name="quiesce-leftovers")
-
-
-def _to_thaw(hold: Hold) -> list[dict[str, Any]]:
-    """What a cleaner has to thaw, as the record holds it."""
-    left = {one.mountpoint for one in hold.outcome.filesystems if one.state in ("freezing", "frozen")}
-    ours = [filesystem for filesystem in hold.plan.filesystems if filesystem.mountpoint in left]
-    return [{"mountpoints": list(one.mountpoints), "device": one.device} for one in ours]

@@ -29,15 +29,27 @@ def listen(path: Path) -> socket.socket:
 
 
 async def accept(listener: socket.socket) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-    """Yield connections of our own user, root in production; others are closed before a byte is read."""
+    """Yield connections of our own user, root in production; others are closed before a byte is read.
+
+    The socket is removed at the end.
+    """
     loop = asyncio.get_running_loop()
-    while True:
-        try:
-            connection, _address = await loop.sock_accept(listener)
-        except ConnectionAbortedError:
-            continue
-        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-        if _UCRED.unpack(credentials)[1] != os.geteuid():
-            connection.close()
-            continue
-        yield await asyncio.open_connection(sock=connection)
+    try:
+        while True:
+            try:
+                connection, _address = await loop.sock_accept(listener)
+            except ConnectionAbortedError:
+                continue
+            credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+            if _UCRED.unpack(credentials)[1] != os.geteuid():
+                connection.close()
+                continue
+            yield await asyncio.open_connection(sock=connection)
+    finally:
+        _remove(listener)
+
+
+def _remove(listener: socket.socket) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        Path(listener.getsockname()).unlink()
+    listener.close()

@@ -135,7 +135,7 @@ class Table:
             return Failure(AgentError("internal error, see the guest's journal"), echo_of(value))
         finally:
             if audited:
-                log.info("%s ran %s: %s, %.0f ms", peer.origin, name, outcome, 1000 * (time.monotonic() - started_s))
+                _audit(peer.origin, name, outcome, time.monotonic() - started_s)
 
     def _admit(self, name: str, peer: Caller) -> Command:
         found = self._commands.get(name)
@@ -150,6 +150,11 @@ class Table:
         if not self.is_allowed(name):
             raise Refused(disabled)
         return found
+
+
+def _audit(origin: str, name: str, outcome: str, elapsed_s: float) -> None:
+    fields = {"PEER": origin, "COMMAND": name, "OUTCOME": outcome, "DURATION_US": round(1_000_000 * elapsed_s)}
+    log.info("%s ran %s: %s, %.0f ms", origin, name, outcome, 1000 * elapsed_s, extra=fields)
 
 
 def _signature(method: Callable[..., Awaitable[Any]]) -> tuple[dict[str, tuple[str, Any, bool]], bool]:

@@ -240,7 +240,8 @@ class Quiesce:
         elif hold.state == "frozen" and self._record.open is not None:
             self._record.open.filesystems = hold.left_to_thaw()  # without what a stranger has frozen
             self._write_record()
-        log.info("freeze %s is %s%s", hold.order.id, data["state"], f": {reason}" if reason else "")
+        fields = {"FREEZE_ID": hold.order.id, "FREEZE_STATE": data["state"]}
+        log.info("freeze %s is %s%s", hold.order.id, data["state"], f": {reason}" if reason else "", extra=fields)
         self._events.publish("BALLAST_QUIESCE", data | ({"reason": reason} if reason else {}))
 
     def _close_record(self) -> None:

@@ -66,9 +66,16 @@ class JournalHandler(logging.Handler):
                     SYSLOG_IDENTIFIER="ballastd",
                     CODE_MODULE=record.name,
                     CODE_LINE=record.lineno,
+                    **_own_fields(record),
                 )
             else:
                 sys.stderr.write(f"{record.levelname.lower()}: {text}\n")
+
+
+def _own_fields(record: logging.LogRecord) -> dict[str, str]:
+    """What a caller passed as ``extra``, as BALLAST_PEER, BALLAST_COMMAND and so on."""
+    own = {name: value for name, value in vars(record).items() if name.isupper()}
+    return {f"BALLAST_{name}": str(value).encode(errors="backslashreplace").decode() for name, value in own.items()}
 
 
 def passed_sockets() -> dict[int, socket.socket]:

@@ -1,0 +1,184 @@
+"""What comes is brought online, what was taken offline on purpose stays so."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from ballast.guest.events import Events, Subscription
+from ballast.guest.linux.tree import Tree
+from ballast.guest.linux.uevents import Uevent
+from ballast.guest.memory.blocks import MEMORY, Blocks
+from ballast.guest.memory.hotplug import Hotplug
+from ballast.wire.message import Event
+
+
+class Guest:
+    """A recorded guest with a DIMM of two blocks, 34 and 35, that are offline."""
+
+    def __init__(self, tree: Tree, path: Path) -> None:
+        self.tree = tree
+        self.path = path
+        self.heard: asyncio.Queue[Event] = asyncio.Queue()
+        self.events = Events()
+        self.events.subscribe(Subscription(frozenset({"BALLAST_MEMORY_ADDED", "BALLAST_MEMORY_REMOVED"}), self._take))
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def _take(self, event: Event) -> bool:
+        self.heard.put_nowait(event)
+        return True
+
+    def start(self, *, online: bool = True) -> Hotplug:
+        hotplug = Hotplug(Blocks(self.tree), self.events, online=online, path=self.path)
+        self._tasks.append(asyncio.create_task(hotplug.run()))
+        return hotplug
+
+    async def next_event(self) -> tuple[str, list[dict[str, Any]]]:
+        async with asyncio.timeout(10):
+            event = await self.heard.get()
+        return event.name, event.data["blocks"]
+
+    def state(self, index: int) -> str:
+        return self.tree.read(f"{MEMORY}/memory{index}/state")
+
+    def set_state(self, index: int, state: str) -> None:
+        folder = self.tree.path(f"{MEMORY}/memory{index}")
+        folder.mkdir(exist_ok=True)
+        (folder / "state").write_text(f"{state}\n")
+
+    async def settle(self) -> None:
+        """Let everything that is ready run: a block that comes after it is onlined, and alone."""
+        for _ in range(5):
+            await asyncio.sleep(0)
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.wait(self._tasks)
+
+
+@pytest_asyncio.fixture
+async def guest(recorded: Tree, tmp_path: Path) -> AsyncIterator[Guest]:
+    made = Guest(recorded, tmp_path / "blocks.json")
+    yield made
+    await made.close()
+
+
+def uevent(action: str, index: int) -> Uevent:
+    return Uevent(action, "memory", f"memory{index}")
+
+
+async def test_what_is_offline_at_start_is_brought_online(guest: Guest) -> None:
+    guest.start()
+    name, blocks = await guest.next_event()
+    assert name == "BALLAST_MEMORY_ADDED"
+    assert [(block["phys-index"], block["zone"], block["result"]) for block in blocks] == [
+        (34, "movable", "done"),
+        (35, "movable", "done"),
+    ]
+    assert all(block["online-us"] >= 0 for block in blocks)
+    assert guest.state(34) == guest.state(35) == "online_movable"
+
+
+async def test_blocks_that_come_together_are_one_event(guest: Guest) -> None:
+    hotplug = guest.start()
+    await guest.next_event()
+    for index in range(36, 40):
+        guest.set_state(index, "offline")
+        hotplug.hear(uevent("add", index))
+    _, blocks = await guest.next_event()
+    assert [block["phys-index"] for block in blocks] == [36, 37, 38, 39]
+
+
+async def test_a_block_that_the_kernel_onlined_itself_is_not_our_news(guest: Guest) -> None:
+    hotplug = guest.start()
+    await guest.next_event()
+    guest.set_state(36, "online")
+    hotplug.hear(uevent("add", 36))
+    await guest.settle()
+    guest.set_state(37, "offline")
+    hotplug.hear(uevent("add", 37))
+    _, blocks = await guest.next_event()
+    assert [block["phys-index"] for block in blocks] == [37]
+
+
+async def test_lost_uevents_make_it_look_anew(guest: Guest) -> None:
+    hotplug = guest.start()
+    await guest.next_event()
+    guest.set_state(36, "offline")
+    hotplug.hear(None)
+    _, blocks = await guest.next_event()
+    assert [block["phys-index"] for block in blocks] == [36]
+
+
+async def test_a_removed_block_is_told_and_forgotten(guest: Guest) -> None:
+    hotplug = guest.start()
+    await guest.next_event()
+    hotplug.hear(uevent("remove", 32))
+    assert await guest.next_event() == ("BALLAST_MEMORY_REMOVED", [{"phys-index": 32}])
+
+
+@pytest.mark.parametrize("restart", [False, True])
+async def test_what_was_taken_offline_on_purpose_stays_so(guest: Guest, *, restart: bool) -> None:
+    hotplug = guest.start()
+    await guest.next_event()
+    for index in (33, 34):
+        guest.set_state(index, "offline")
+        hotplug.hear(uevent("offline", index))
+    guest.set_state(34, "online")
+    hotplug.hear(uevent("online", 34))
+    assert json.loads(guest.path.read_text()) == [33]
+    guest.set_state(36, "offline")
+    if restart:
+        guest.start()
+    else:
+        hotplug.hear(None)
+    _, blocks = await guest.next_event()
+    assert [block["phys-index"] for block in blocks] == [36]
+    assert guest.state(33) == "offline"
+
+
+async def test_what_was_offline_on_purpose_and_is_plugged_anew_is_new(guest: Guest) -> None:
+    hotplug = guest.start()
+    await guest.next_event()
+    guest.set_state(33, "offline")
+    for action in ("offline", "remove", "add"):
+        hotplug.hear(uevent(action, 33))
+    assert (await guest.next_event())[0] == "BALLAST_MEMORY_REMOVED"
+    _, blocks = await guest.next_event()
+    assert [block["phys-index"] for block in blocks] == [33]
+    assert json.loads(guest.path.read_text()) == []
+
+
+@pytest.mark.parametrize("content", ["", "garbage", "5", "{", "[[]]", "\udcff"])
+async def test_a_spoiled_list_is_no_list(guest: Guest, content: str) -> None:
+    guest.path.write_text(content, errors="surrogateescape")
+    guest.start()
+    _, blocks = await guest.next_event()
+    assert [block["phys-index"] for block in blocks] == [34, 35]
+
+
+async def test_switched_off_it_onlines_nothing_and_still_tells_of_removals(guest: Guest) -> None:
+    hotplug = guest.start(online=False)
+    hotplug.hear(uevent("add", 34))
+    await guest.settle()
+    hotplug.hear(uevent("remove", 32))
+    assert (await guest.next_event())[0] == "BALLAST_MEMORY_REMOVED"
+    assert guest.state(34) == "offline"
+
+
+@pytest.mark.parametrize("name", ["memory", "memoryx", "memory-1", "node0", "", "cpu3"])
+async def test_other_devices_of_the_subsystem_are_nothing_to_us(guest: Guest, name: str) -> None:
+    hotplug = guest.start()
+    await guest.next_event()
+    for action in ("add", "offline", "remove"):
+        hotplug.hear(Uevent(action, "memory", name))
+    await guest.settle()
+    assert guest.heard.empty()
+    assert not guest.path.exists()

@@ -1,0 +1,101 @@
+"""The whole record, from what real guests showed."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from typing import Any
+
+import psutil
+import pytest
+
+from ballast.guest.events import Subscription
+from ballast.guest.linux.tree import Tree
+from ballast.guest.memory.blocks import Blocks
+from ballast.guest.memory.pressure import PRESSURE_FILE, Pressure
+from ballast.guest.memory.status import MemoryFacts
+from ballast.wire.message import Event
+from ballast.wire.names import BalloonState, BlockCounts
+
+
+@pytest.fixture
+def facts(recorded: Tree, monkeypatch: pytest.MonkeyPatch) -> MemoryFacts:
+    monkeypatch.setattr(psutil, "PROCFS_PATH", "/proc")  # which it sets, and gets back afterwards
+    return MemoryFacts(recorded, Pressure(recorded, max_triggers=1), Blocks(recorded), boot_id="a-b")
+
+
+def kib(tree: Tree, name: str) -> int:
+    """One line of /proc/meminfo, in bytes."""
+    match = re.search(rf"^{name}: +(\d+) kB$", tree.read("proc/meminfo"), re.MULTILINE)
+    assert match is not None
+    return 1024 * int(match.group(1))
+
+
+def test_status_is_what_the_kernel_says(recorded: Tree, facts: MemoryFacts) -> None:
+    status = facts.read()
+    assert status.boot_id == "a-b"
+    assert status.total_bytes == kib(recorded, "MemTotal")
+    assert status.available_bytes == kib(recorded, "MemAvailable")
+    assert status.free_bytes == kib(recorded, "MemFree")
+    assert status.cached_bytes == kib(recorded, "Cached") + kib(recorded, "SReclaimable")
+    assert status.committed_bytes == kib(recorded, "Committed_AS")
+    assert (status.swap_total_bytes, status.swap_free_bytes) == (0, 0)
+    assert status.demand == {"unreclaimable": status.total_bytes - status.available_bytes}
+    assert status.demand_bytes == sum(status.demand.values())
+    assert status.blocks == BlockCounts(128 << 20, 10, 2, 2)
+    assert status.balloon == BalloonState(0, 0)
+    assert status.level == "low"
+    assert status.psi is not None
+    assert 0 <= status.psi.full.total_us <= status.psi.some.total_us
+
+
+def test_status_without_psi_says_so(recorded: Tree, facts: MemoryFacts) -> None:
+    recorded.path(PRESSURE_FILE).unlink()
+    status = facts.read()
+    assert status.psi is None
+    assert status.level == "low"
+
+
+async def test_demand_is_reported_at_once_and_again_until_stopped(facts: MemoryFacts) -> None:
+    events: asyncio.Queue[Event] = asyncio.Queue()
+
+    def deliver(event: Event) -> bool:
+        events.put_nowait(event)
+        return True
+
+    stop = facts.report_every(0.01, Subscription(frozenset(), deliver))
+    async with asyncio.timeout(10):
+        heard = [await events.get() for _ in range(3)]
+    stop()
+    assert [(event.name, event.seq) for event in heard] == [("BALLAST_DEMAND", n) for n in (1, 2, 3)]
+    assert heard[0].data["blocks"]["online"] == 10
+
+
+async def test_a_peer_that_takes_no_more_is_reported_to_no_more(facts: MemoryFacts) -> None:
+    refused: list[Any] = []
+    done = asyncio.Event()
+
+    def deliver(event: Event) -> bool:
+        refused.append(event)
+        done.set()
+        return False
+
+    facts.report_every(0.0, Subscription(frozenset(), deliver))
+    async with asyncio.timeout(10):
+        await done.wait()
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert len(refused) == 1
+
+
+async def test_stopped_before_the_first_report_nothing_is_sent(facts: MemoryFacts) -> None:
+    sent: list[Any] = []
+
+    def deliver(event: Event) -> bool:
+        sent.append(event)
+        return True
+
+    facts.report_every(0.0, Subscription(frozenset(), deliver))()
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert sent == []

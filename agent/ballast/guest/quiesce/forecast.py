@@ -15,7 +15,7 @@ from ballast.guest.linux.mountinfo import Mount, parse_mountinfo
 from ballast.guest.linux.tree import Tree
 
 # Types without a block device of their own that still hold somebody's data: said aloud, since a backup lacks them.
-_NETWORK = frozenset({"nfs", "nfs4", "cifs", "smb3", "9p", "ceph", "glusterfs", "autofs", "afs", "virtiofs"})
+_NETWORK = frozenset({"nfs", "nfs4", "cifs", "smb3", "9p", "ceph", "glusterfs", "autofs", "afs", "virtiofs", "fuse"})
 _UNFREEZABLE = frozenset({"overlay", "zfs", "tmpfs", "ramfs", "aufs", "ecryptfs"}) | _NETWORK
 # Where a tmpfs belongs to the running system and nobody misses it in a backup.
 _VOLATILE = ("/run", "/dev", "/sys", "/proc")

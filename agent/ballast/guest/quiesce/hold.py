@@ -248,6 +248,8 @@ class Hold:
             self.outcome.all_thawed()
         now_s = boottime_s()
         reason = end_reason(final, broken=broken, expired=now_s >= self.expires_s, ender=self._ender)
+        if reason is None and self._frozen_at_s is None and now_s >= self.expires_s:
+            reason = "lease-expired"  # given up in the same moment
         self.state = "thawing"
         self.ended.set_result(
             QuiesceEnded(

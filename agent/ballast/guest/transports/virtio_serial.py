@@ -20,6 +20,9 @@ from typing import Any
 _READ_BYTES = 1 << 16
 _HIGH_WATER_BYTES, _LOW_WATER_BYTES = 1 << 16, 1 << 14
 _BUSY_RETRY_S = 1.0
+# The driver hears of a host that comes from another queue than its data, and later: the first bytes can be followed by
+# an end of file that is none. An end behind data counts when it still stands after this.
+_GONE_GRACE_S = 0.5
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
@@ -64,6 +67,7 @@ class _Port:
         self.sessions: asyncio.Queue[Streams | None] = asyncio.Queue()
         self._fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
         self._session: _Session | None = None
+        self._doubt: asyncio.TimerHandle | None = None
         self._epoll = select.epoll()
         self._epoll.register(self._fd, select.EPOLLIN | select.EPOLLOUT | select.EPOLLET)
         self._loop = asyncio.get_running_loop()
@@ -96,24 +100,44 @@ class _Port:
 
     def read(self) -> None:
         """Hand on all that is there, unless the session asked for a pause."""
+        is_first = True
         while self._session is None or not self._session.paused:
             try:
                 data = os.read(self._fd, _READ_BYTES)
             except BlockingIOError:
+                self._dispel_doubt()
                 return
             except OSError:  # ENODEV: unplugged
                 self._end_session()
                 self.sessions.put_nowait(None)
                 return
             if not data:
-                self._end_session()
+                self._host_seems_gone(for_sure=is_first)
                 return
+            is_first = False
             if self._session is None:
                 self._session = _Session(self)
                 self.sessions.put_nowait(self._session.streams)
             self._session.protocol.data_received(data)
 
+    def _host_seems_gone(self, *, for_sure: bool) -> None:
+        if self._doubt is None and for_sure:
+            self._end_session()
+        elif self._doubt is None or not for_sure:
+            self._dispel_doubt()
+            self._doubt = self._loop.call_later(_GONE_GRACE_S, self._look_again)
+
+    def _look_again(self) -> None:
+        self._doubt = None
+        self.read()
+
+    def _dispel_doubt(self) -> None:
+        if self._doubt is not None:
+            self._doubt.cancel()
+            self._doubt = None
+
     def _end_session(self) -> None:
+        self._dispel_doubt()
         if self._session is not None:
             self._session.abort()
 

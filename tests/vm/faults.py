@@ -101,7 +101,7 @@ def _watching(guest: Guest, harm: str) -> Iterator[Callable[[], dict[str, Any]]]
     def report() -> dict[str, Any]:
         thread.join(150)
         if not output or isinstance(output[0], Exception):
-            raise RoundFailed(f"the witness failed: {output}")
+            raise RoundFailed(f"the witness failed: {output}\n{_circumstances(guest)}")
         try:
             return dict(json.loads(output[0].stdout))
         except ValueError as error:
@@ -112,6 +112,12 @@ def _watching(guest: Guest, harm: str) -> Iterator[Callable[[], dict[str, Any]]]
         yield report
     finally:
         thread.join(150)
+
+
+def _circumstances(guest: Guest) -> str:
+    """What there is to see after a failure."""
+    script = f"cat {SAID}; ps -eLo stat,tid,wchan:32,comm | grep -v '^[SI]'; journalctl -u 'ballast-*' -n 30 --no-pager"
+    return guest.run(["/bin/bash", "-c", script], check=False).stdout
 
 
 def _wait_for_word(guest: Guest, word: str) -> None:
@@ -187,6 +193,7 @@ def main() -> int:
                 except RoundFailed as error:
                     failures += 1
                     sys.stdout.write(f"{name} {number + 1}: FAILED: {error}\n")
+                    sys.stdout.flush()
                     continue
                 worst_s.append(result["worst_s"])
                 sys.stdout.write(json.dumps(result) + "\n")

@@ -120,7 +120,7 @@ class Guard:
             message, fds = None, []
         try:
             self._obey(message, fds)
-        except (LookupError, TypeError):  # nonsense: treat it as we treat an agent that died
+        except (LookupError, TypeError, ValueError):  # nonsense: treat it as we treat an agent that died
             self._lose_client()
 
     def _obey(self, message: dict[str, Any] | None, fds: list[int]) -> None:

@@ -14,9 +14,12 @@ from pathlib import Path
 import pytest
 
 from ballast.guest.config import Quiesce as Settings
+from ballast.guest.quiesce.net import GRACE_S
 from ballast.guest.quiesce.session import Quiesce
-from ballast.wire.errors import BadRequest, Busy, KernelFailure, LeaseExpired, NoSuchId
+from ballast.wire.errors import BadRequest, Busy, DeadlineExceeded, KernelFailure, LeaseExpired, NoSuchId
+from ballast.wire.names import QuiesceBegun
 from tests.kernel.conftest import GuardProcess, LoopFs, MakeLoopFs
+from tests.vm.witness import ParkedWriter
 
 MakeQuiesce = Callable[..., Quiesce]
 
@@ -169,6 +172,39 @@ async def test_stopped_guard_is_thawed_after_the_lease(
     assert time.monotonic() - started_s < 1.0 + 1.0 + 1.0
     ended = await quiesce.end("a")
     assert (ended.held, ended.reason) == (False, "lease-expired")
+
+
+async def test_a_writer_in_the_middle_of_its_write_leaves_nothing_frozen_when_it_wakes(
+    make_loop_fs: MakeLoopFs, make_quiesce: MakeQuiesce, guard: GuardProcess
+) -> None:
+    free, held_up = make_loop_fs(), make_loop_fs()
+    quiesce = make_quiesce(free, held_up)
+    parked = ParkedWriter(str(held_up.path))
+    parked.park()
+    try:
+        with pytest.raises((LeaseExpired, DeadlineExceeded)):
+            await quiesce.begin("a", 1_000)
+        assert not is_frozen(free)
+        assert [one.state for one in quiesce.status().filesystems] == ["thawed", "freezing"]
+        with pytest.raises(Busy):
+            await quiesce.begin("b", 1_000)
+        await asyncio.sleep(GRACE_S + 0.5)  # beyond the moment when the net would act if the guard had not
+        assert guard.process.poll() is None
+        assert quiesce.is_frozen
+    finally:
+        parked.let_go()
+    begun = await asyncio.wait_for(_begin_when_free(quiesce, "c"), 5)
+    assert begun.consistency == "filesystem"
+    assert (await quiesce.end("c")).held
+    assert (await quiesce.end("a")).reason == "lease-expired"
+
+
+async def _begin_when_free(quiesce: Quiesce, session_id: str) -> QuiesceBegun:
+    while True:
+        try:
+            return await quiesce.begin(session_id, 30_000)
+        except Busy:
+            await asyncio.sleep(0.02)
 
 
 async def test_loop_file_on_a_frozen_file_system_is_frozen_before_it(

@@ -85,6 +85,8 @@ class ParkedWriter(threading.Thread):
         copy = struct.pack("QQQQq", self._address, ctypes.addressof(source), mmap.PAGESIZE, 0, 0)
         fcntl.ioctl(self._uffd, _UFFDIO_COPY, bytearray(copy))
         self.join()
+        os.close(self._fd)
+        os.close(self._uffd)
 
 
 def wait_for(condition: object, what: str, timeout_s: float = 30) -> None:
@@ -131,6 +133,7 @@ def first_writes(writers: list[Writer], since_s: float) -> dict[str, float]:
 def watch(name: str, mountpoints: list[str]) -> dict[str, object]:
     """One freeze that somebody else begins, harmed; when it thawed."""
     parked = ParkedWriter(mountpoints[-1]) if name.startswith("park") else None
+    after_parked = Writer(mountpoints[-1])  # opened now: while the freeze waits, even that would
     if parked:
         parked.park()
         mountpoints = mountpoints[:-1]  # its file system never gets frozen whole, so it is not waited for
@@ -146,11 +149,10 @@ def watch(name: str, mountpoints: list[str]) -> dict[str, object]:
     harm(name.removeprefix("park").removeprefix("+") or "none")
     report: dict[str, object] = {"thawed_s": first_writes(writers, harmed_s)}
     if parked:
-        writers.append(Writer(sys.argv[-1]))
         let_go_s = time.monotonic()
         parked.let_go()
-        writers[-1].start()
-        report["parked_thawed_s"] = first_writes(writers, let_go_s)
+        after_parked.start()
+        report["parked_thawed_s"] = first_writes([*writers, after_parked], let_go_s)
     return report
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -68,6 +69,7 @@ class Hold:
         self._resources = contextlib.ExitStack()
         self._guard: GuardConnection | None = None
         self._net: Net | None = None
+        self._impatience: asyncio.TimerHandle | None = None
         self._renewed: asyncio.Future[None] | None = None
         self._ender: EndReason | None = None
         self._end_ordered_s: float | None = None
@@ -104,8 +106,8 @@ class Hold:
         self._ender = reason
         if self._guard is not None and self._net is not None:
             self._guard.send({"op": "thaw"})
-            timer = asyncio.get_running_loop().call_later(THAW_S, self._net.fire)
-            self._resources.callback(timer.cancel)
+            self._impatience = asyncio.get_running_loop().call_later(THAW_S, self._net.fire)
+            self._resources.callback(self._impatience.cancel)
 
     async def renew(self, lease_s: float) -> None:
         """Move the lease's end to ``lease_s`` from now. LeaseExpired if that end came first, DeadlineExceeded."""
@@ -243,9 +245,12 @@ class Hold:
 
     def _conclude(self, final: dict[str, Any]) -> None:
         """Take in how the thaw went, and answer whoever asks for the end."""
-        broken = final["event"] == "thawed" and self.outcome.thawed_by_guard(final["filesystems"])
+        broken = False
         if final["event"] == "net":
             self.outcome.all_thawed()
+        else:
+            broken = self.outcome.thawed_by_guard(final["filesystems"])
+            self._trust_guard()
         now_s = boottime_s()
         reason = end_reason(final, broken=broken, expired=now_s >= self.expires_s, ender=self._ender)
         if reason is None and self._frozen_at_s is None and now_s >= self.expires_s:
@@ -261,6 +266,13 @@ class Hold:
             )
         )
         self._around.changed(self, reason)
+
+    def _trust_guard(self) -> None:
+        """It has thawed; what still waits for a writer it thaws too, unless it dies: then the net does."""
+        if self._net is not None:
+            self._net.expires_s = math.inf
+        if self._impatience is not None:
+            self._impatience.cancel()
 
     def _fail(self, error: AgentError) -> None:
         for future in (self.begun, self.ended):

@@ -7,6 +7,7 @@ through a bounded queue and a thread of its own, and a notification is sent with
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import queue
@@ -59,17 +60,21 @@ class JournalHandler(logging.Handler):
             text = self.format(record) + (f" ({dropped} earlier lines were dropped)" if dropped else "")
             # Names from the wire may hold what is no UTF-8.
             text = text.encode(errors="backslashreplace").decode()
-            if self._to_journal:
-                journal.send(
-                    text,
-                    PRIORITY=_PRIORITIES.get(record.levelno, 6),
-                    SYSLOG_IDENTIFIER="ballastd",
-                    CODE_MODULE=record.name,
-                    CODE_LINE=record.lineno,
-                    **_own_fields(record),
-                )
-            else:
-                sys.stderr.write(f"{record.levelname.lower()}: {text}\n")
+            with contextlib.suppress(OSError):  # there is nobody to tell, and the next line may get through
+                self._write(record, text)
+
+    def _write(self, record: logging.LogRecord, text: str) -> None:
+        if not self._to_journal:
+            sys.stderr.write(f"{record.levelname.lower()}: {text}\n")
+            return
+        journal.send(
+            text,
+            PRIORITY=_PRIORITIES.get(record.levelno, 6),
+            SYSLOG_IDENTIFIER="ballastd",
+            CODE_MODULE=record.name,
+            CODE_LINE=record.lineno,
+            **_own_fields(record),
+        )
 
 
 def _own_fields(record: logging.LogRecord) -> dict[str, str]:

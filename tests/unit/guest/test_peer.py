@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
 import logging
 import socket
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import pytest_asyncio
 
 from ballast.guest.dispatch import Table, command
-from ballast.guest.peer import Bounds, Peer, Peers
-from ballast.guest.transports import unix
-from ballast.wire.message import LINE_LIMIT_BYTES, Event
+from ballast.guest.peer import Peer
+from ballast.wire.message import Event
+from tests.unit.guest.served import BOUNDS, DEADLINE_S, Served
 
-DEADLINE_S = 10
-BOUNDS = Bounds(queue_bytes=1 << 14, write_timeout_s=0.2)
 # More than a UNIX socket and asyncio's own buffer take together.
 MUCH_BYTES = 1 << 20
 
@@ -64,65 +59,19 @@ class Topic:
         return {object()}  # no JSON: the reply cannot be sent
 
 
-class Client:
-    """The other end."""
-
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.reader = reader
-        self.writer = writer
-
-    def send(self, execute: str, **arguments: Any) -> None:
-        self.writer.write(json.dumps({"execute": execute, "arguments": arguments}).encode() + b"\n")
-
-    async def receive(self) -> Any:
-        async with asyncio.timeout(DEADLINE_S):
-            return json.loads(await self.reader.readline())
-
-    async def ask(self, execute: str, **arguments: Any) -> Any:
-        self.send(execute, **arguments)
-        return (await self.receive())["return"]
-
-    async def wait_gone(self) -> None:
-        """Read whatever comes until the other side has hung up."""
-        with contextlib.suppress(ConnectionError):
-            async with asyncio.timeout(DEADLINE_S):
-                while await self.reader.read(1 << 20):
-                    pass
-
-
 def open_descriptors() -> int:
     """How many this process has."""
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-class Agent:
-    """Peers served on a UNIX socket, as the daemon does it."""
+class Agent(Served):
+    """With the topic of these tests."""
 
     def __init__(self, folder: Path, *, most: int) -> None:
         self.topic = Topic()
-        self.table = Table(is_frozen=lambda: False)
-        self.table.add(self.topic)
-        self.peers = Peers(self.table, BOUNDS, most=most)
-        self.path = folder / "agent.sock"
-        self.stack = contextlib.AsyncExitStack()
-        listener = self.stack.enter_context(unix.listen(self.path))
-        self.task = asyncio.create_task(self.peers.serve(unix.accept(listener), lambda _: ("test", True)))
-
-    async def connect(self) -> Client:
-        reader, writer = await asyncio.open_unix_connection(str(self.path), limit=2 * LINE_LIMIT_BYTES)
-        self.stack.callback(writer.transport.abort)
-        return Client(reader, writer)
-
-    async def wait_peers(self, count: int) -> None:
-        async with asyncio.timeout(DEADLINE_S):
-            while len(self.peers) != count:  # noqa: ASYNC110 - nobody tells of it
-                await asyncio.sleep(0.001)
-
-    async def close(self) -> None:
-        self.task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self.task
-        await self.stack.aclose()
+        table = Table(is_frozen=lambda: False)
+        table.add(self.topic)
+        super().__init__(folder, table, most=most)
 
 
 MakeAgent = Callable[..., Agent]

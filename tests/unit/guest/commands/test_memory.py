@@ -1,0 +1,97 @@
+"""Commands about memory, on kernels recorded from real guests."""
+
+from __future__ import annotations
+
+import errno
+from typing import Any
+
+import psutil
+import pytest
+
+from ballast.guest.commands.memory import MemoryCommands
+from ballast.guest.dispatch import Table
+from ballast.guest.linux.tree import Tree
+from ballast.guest.memory.blocks import MEMORY, Blocks
+from ballast.guest.memory.pressure import Pressure
+from ballast.guest.memory.status import MemoryFacts
+from ballast.wire.message import Failure, Reply
+from tests.unit.guest.conftest import MakeTree
+from tests.unit.guest.test_dispatch import Friend
+
+
+@pytest.fixture(autouse=True)
+def own_procfs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MemoryFacts points psutil at a tree; it gets its own back afterwards."""
+    monkeypatch.setattr(psutil, "PROCFS_PATH", "/proc")
+
+
+def make_table(tree: Tree) -> Table:
+    table = Table(is_frozen=lambda: False)
+    blocks = Blocks(tree)
+    table.add(MemoryCommands(MemoryFacts(tree, Pressure(tree, max_triggers=1), blocks, boot_id="b"), blocks))
+    return table
+
+
+async def ask(tree: Tree, execute: str, **arguments: Any) -> Any:
+    """What is returned, or the error's reason and text."""
+    answer = await make_table(tree).answer({"execute": execute, "arguments": arguments}, Friend())
+    if isinstance(answer, Failure):
+        return answer.error.reason, answer.error.desc
+    assert isinstance(answer, Reply)
+    return answer.value
+
+
+@pytest.mark.parametrize(
+    ("arguments", "desc"),
+    [
+        ({"bytes": 1, "blocks": [1]}, "Parameter 'bytes' and parameter 'blocks' exclude each other"),
+        ({"bytes": -1}, "Parameter 'bytes' expects 0 or more"),
+        ({"zone": "normal"}, "Parameter 'zone' does not accept value 'normal'"),
+        ({"blocks": [36]}, "Parameter 'blocks' names no memory block: [36]"),
+    ],
+)
+async def test_wrong_arguments_online_nothing(recorded: Tree, arguments: dict[str, Any], desc: str) -> None:
+    assert await ask(recorded, "ballast-memory-online", **arguments) == ("bad-argument", desc)
+    assert recorded.read(f"{MEMORY}/memory34/state") == "offline"
+
+
+async def test_online_tells_of_each_block(recorded: Tree) -> None:
+    said = await ask(recorded, "ballast-memory-online", blocks=[34, 32])
+    assert said["bytes"] == 128 << 20
+    done, already = said["blocks"]
+    assert (done.pop("online-us") >= 0, done) == (True, {"phys-index": 34, "zone": "movable", "result": "done"})
+    assert already == {"phys-index": 32, "zone": "movable", "result": "already"}
+
+
+async def test_status_is_on_the_wire_what_the_protocol_says(recorded: Tree) -> None:
+    status = await ask(recorded, "ballast-memory-status")
+    assert status["boot-id"] == "b"
+    assert status["kernel-balloon"] is None
+    assert status["blocks"] == {"size-bytes": 128 << 20, "online": 10, "offline": 2, "movable-online": 2}
+    assert set(status["psi"]["some"]) == {"avg10", "avg60", "avg300", "total-us"}
+
+
+async def test_blocks_as_qga_tells_them(recorded: Tree) -> None:
+    blocks = await ask(recorded, "guest-get-memory-blocks")
+    assert len(blocks) == 12
+    assert blocks[-1] == {"phys-index": 35, "online": False, "can-offline": True}
+    assert await ask(recorded, "guest-get-memory-block-info") == {"size": 128 << 20}
+
+
+async def test_blocks_are_set_as_qga_does_it(recorded: Tree) -> None:
+    wanted = [(34, True), (32, True), (99, False), (33, False)]
+    said = await ask(
+        recorded, "guest-set-memory-blocks", **{"mem-blks": [{"phys-index": n, "online": on} for n, on in wanted]}
+    )
+    assert said == [
+        {"phys-index": 34, "response": "success"},
+        {"phys-index": 32, "response": "success"},
+        {"phys-index": 99, "response": "not-found", "error-code": errno.ENOENT},
+        {"phys-index": 33, "response": "success"},
+    ]
+    assert recorded.read(f"{MEMORY}/memory34/state") == "online"
+
+
+async def test_without_memory_hotplug_it_says_so(make_tree: MakeTree) -> None:
+    for name in ("ballast-memory-online", "guest-get-memory-blocks", "guest-get-memory-block-info"):
+        assert (await ask(make_tree({}), name))[0] == "not-supported"

@@ -6,19 +6,23 @@ import asyncio
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from ballast.guest.commands.quiesce import QuiesceCommands
+from ballast.guest.dispatch import Table
 from ballast.guest.events import Events, Subscription
 from ballast.guest.quiesce import guard_protocol as protocol
 from ballast.guest.quiesce.record import Open, Record, process_start, read_record, write_record
 from ballast.guest.quiesce.session import Quiesce
 from ballast.wire.errors import BadRequest, Busy, LeaseExpired, NoSuchId
-from ballast.wire.message import Event
+from ballast.wire.message import Event, Reply
 from tests.kernel.conftest import GuardProcess, LoopFs, MakeLoopFs
 from tests.kernel.test_guard import Agent
 from tests.kernel.test_linux import DEADLINE_S
 from tests.kernel.test_quiesce import Writer, is_frozen
+from tests.unit.guest.test_dispatch import Friend
 
 MakeQuiesce = Callable[..., Quiesce]
 
@@ -98,6 +102,32 @@ async def test_status_and_events_tell_what_is(make_loop_fs: MakeLoopFs, make_qui
     assert 0 < (status.lease_left_ms or 0) <= 30_000
     await quiesce.end("a")
     assert heard == [("a", "freezing", None), ("a", "frozen", None), ("a", "thawed", None)]
+
+
+async def test_while_frozen_only_what_touches_no_disk_is_answered(
+    make_loop_fs: MakeLoopFs, make_quiesce: MakeQuiesce
+) -> None:
+    quiesce = make_quiesce(make_loop_fs())
+    table = Table(is_frozen=lambda: quiesce.is_frozen)
+    table.add(QuiesceCommands(quiesce))
+
+    async def ask(execute: str, **arguments: Any) -> Any:
+        """What is returned, or the error's reason."""
+        answer = await table.answer({"execute": execute, "arguments": arguments}, Friend())
+        return answer.value if isinstance(answer, Reply) else answer.error.reason
+
+    assert await ask("guest-fsfreeze-status") == "thawed"
+    begun = await ask("ballast-quiesce-begin", id="a", **{"lease-ms": 30_000})
+    assert (begun["consistency"], begun["lease-ms"]) == ("filesystem", 30_000)
+    assert await ask("ballast-quiesce-begin", id="a", **{"lease-ms": 30_000}) == begun
+    assert await ask("ballast-quiesce-begin", id="b", **{"lease-ms": 30_000}) == "busy"
+    assert await ask("guest-fsfreeze-freeze") == await ask("guest-fsfreeze-freeze-list") == "frozen"
+    assert await ask("guest-fsfreeze-status") == "frozen"
+    assert await ask("ballast-quiesce-renew", id="a", **{"lease-ms": 20_000}) == {"lease-ms": 20_000}
+    assert (await ask("ballast-quiesce-status"))["state"] == "frozen"
+    assert (await ask("ballast-quiesce-end", id="a"))["held"] is True
+    assert await ask("guest-fsfreeze-freeze") == 1
+    assert await ask("guest-fsfreeze-thaw") == 1
 
 
 async def test_a_guard_that_is_just_leaving_is_tried_again(

@@ -132,6 +132,16 @@ async def test_a_host_that_goes_ends_the_session_and_may_come_again(
     assert port.looked.qsize() == 1  # it was never opened anew: QEMU tells libvirt of that
 
 
+async def test_an_end_right_behind_the_first_bytes_is_none(port: FakePort, sessions: AsyncIterator[Streams]) -> None:
+    """The driver can hear a host's bytes before it hears of the host."""
+    port.send(b"one\n" + HOST_GONE)
+    reader, writer = await next_session(sessions)
+    assert await read_line(reader) == b"one\n"
+    port.send(b"two\n")
+    assert await read_line(reader) == b"two\n"
+    assert not writer.is_closing()
+
+
 async def test_what_a_host_that_went_left_unread_is_not_the_next_one_s(
     port: FakePort, sessions: AsyncIterator[Streams]
 ) -> None:

@@ -201,7 +201,7 @@ def test_somebody_s_odd_mount_point_hides_nothing(make_loop_fs: MakeLoopFs) -> N
     program = f"""
 import os, subprocess
 from ballast.guest.quiesce.leftovers import open_filesystem
-for name in (b"caf\\xe9", "form\\x0cfeed".encode(), "line\\u2028separator".encode()):
+for name in (b"x\\xe9", "form\\x0cfeed".encode(), "line\\u2028separator".encode()):
     point = {os.fsencode(filesystem.path)!r} + b"/" + name
     os.mkdir(point)
     subprocess.run(["mount", "-t", "tmpfs", "tmpfs", point], check=True)

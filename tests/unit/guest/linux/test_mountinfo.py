@@ -66,7 +66,7 @@ def test_an_empty_source_is_no_error() -> None:
         (r"/tab\011nl\012", "/tab\tnl\n"),
         ("/-", "/-"),
         ("/a\N{LINE SEPARATOR}b\x0c\x1e\x85", "/a\N{LINE SEPARATOR}b\x0c\x1e\x85"),
-        ("/caf\udce9", "/caf\udce9"),
+        ("/x\udce9", "/x\udce9"),
     ],
 )
 def test_names_are_the_user_s(written: str, name: str) -> None:
@@ -76,11 +76,11 @@ def test_names_are_the_user_s(written: str, name: str) -> None:
     assert second == MOUNT
 
 
-@given(st.text(st.characters(exclude_characters="\0"), min_size=1))
+@given(st.text(st.characters(exclude_characters="\0")))
 def test_any_name_survives_the_kernel_s_escapes(name: str) -> None:
     written = "".join(f"\\{ord(char):03o}" if char in " \t\n\\" else char for char in name)
-    (mount,) = parse_mountinfo(LINE.replace("/mnt2", written))
-    assert mount.mountpoint == name
+    (mount,) = parse_mountinfo(LINE.replace("mnt2", written))
+    assert mount.mountpoint == f"/{name}"
 
 
 def test_recorded(recorded: Tree) -> None:

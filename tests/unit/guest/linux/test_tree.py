@@ -19,8 +19,8 @@ def test_reads_without_the_newline_and_writes_what_it_is_told(tmp_path: Path) ->
 
 
 def test_bytes_that_are_no_utf8_come_through(tmp_path: Path) -> None:
-    (tmp_path / "mounts").write_bytes(b"/caf\xe9\n")
-    assert Tree(tmp_path).read("mounts") == "/caf\udce9"
+    (tmp_path / "mounts").write_bytes(b"/x\xe9\n")
+    assert Tree(tmp_path).read("mounts") == "/x\udce9"
 
 
 def test_errors_name_the_path(tmp_path: Path) -> None:

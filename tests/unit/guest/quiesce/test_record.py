@@ -12,7 +12,7 @@ import pytest
 
 from ballast.guest.quiesce.record import ANSWERS_KEPT_S, Open, Record, process_start, read_record, write_record
 
-OPEN = Open("a", 42, "12345", [{"mountpoints": ["/srv", "/caf\udce9"], "device": "8:1"}])
+OPEN = Open("a", 42, "12345", [{"mountpoints": ["/srv", "/x\udce9"], "device": "8:1"}])
 
 
 @pytest.mark.parametrize(

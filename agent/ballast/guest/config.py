@@ -57,7 +57,7 @@ class Policy:
 class Limits:
     """[limits]: what a peer can make grow."""
 
-    peers: int = field(default=64, metadata=between(1, 1024))
+    peers: int = field(default=64, metadata=between(1, 512))
     queue_bytes: int = field(default=1 << 18, metadata=between(1 << 14, 1 << 24))
     triggers: int = field(default=32, metadata=between(1, 1024))
     write_timeout_ms: int = field(default=30_000, metadata=between(100, 600_000))

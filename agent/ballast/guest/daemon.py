@@ -52,7 +52,7 @@ _TOKEN_MIN_BYTES = 16
 class Daemon:
     """All that lives as long as the agent."""
 
-    def __init__(self, config: Config, tree: Tree) -> None:
+    def __init__(self, config: Config, tree: Tree, config_path: Path) -> None:
         self._config = config
         self._tree = tree
         self._started_s = time.monotonic()
@@ -73,6 +73,8 @@ class Daemon:
         table.add(AgentCommands(table, events, sources, version=__version__, token=token, read_status=self.status))
         table.add(MemoryCommands(facts, blocks))
         table.add(QuiesceCommands(self._quiesce))
+        if table.unknown:
+            raise ConfigError(config_path, "policy", f"no such commands: {', '.join(table.unknown)}")
 
     def status(self) -> names.AgentStatus:
         """``ballast-agent-status``."""
@@ -185,14 +187,17 @@ def main(arguments: list[str] | None = None) -> int:
     handler = JournalHandler()
     logging.basicConfig(level=config.agent.log_level.upper(), handlers=[handler], format="%(message)s")
     try:
-        asyncio.run(_run(config))
+        asyncio.run(_run(config, options.config))
+    except ConfigError as error:
+        sys.stderr.write(f"ballastd: {error}\n")
+        return EXIT_CONFIG
     finally:
         logging.shutdown()
     return 0
 
 
-async def _run(config: Config) -> None:
-    await Daemon(config, Tree()).run()
+async def _run(config: Config, config_path: Path) -> None:
+    await Daemon(config, Tree(), config_path).run()
 
 
 if __name__ == "__main__":

@@ -102,6 +102,11 @@ class Table:
                 self._commands[marks.name] = Command(marks, method, *_signature(method))
 
     @property
+    def unknown(self) -> list[str]:
+        """Names in the allow and block lists that are no commands: a misspelt one would protect nobody."""
+        return sorted((self._allow | self._block) - set(self._commands))
+
+    @property
     def names(self) -> list[str]:
         """Sorted names of all commands, allowed or not."""
         return sorted(self._commands)

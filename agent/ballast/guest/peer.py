@@ -50,6 +50,7 @@ class Peer:
         self._table = table
         self._bounds = bounds
         self._last_reply = False
+        self._reply_bytes = 0
 
     async def serve(self) -> None:
         """Answer requests until the peer goes, is dropped or this task is cancelled.
@@ -78,7 +79,7 @@ class Peer:
         transport = self._writer.transport
         if transport.is_closing():
             return False
-        if transport.get_write_buffer_size() > self._bounds.queue_bytes:
+        if transport.get_write_buffer_size() > self._bounds.queue_bytes + self._reply_bytes:
             log.warning("%s does not read its events, dropped", self.origin)
             self.drop()
             return False
@@ -98,8 +99,11 @@ class Peer:
         while data := await self._reader.read(_READ_BYTES):
             for number, value in enumerate(decoder.feed(data), 1):
                 reply = await self._table.answer(value, self)
-                self._writer.write(reply.encode())
+                encoded = reply.encode()
+                self._reply_bytes = len(encoded)  # a large one in flight is no sign of a peer that does not read
+                self._writer.write(encoded)
                 await self._flush()
+                self._reply_bytes = 0
                 if self._last_reply:
                     return
                 if number % _FAIR_SHARE == 0:

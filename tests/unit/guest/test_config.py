@@ -25,7 +25,7 @@ from ballast.guest.config import Agent, Config, ConfigError, Limits, Policy, Tra
         ("[transports]\nunix = false", "transports.unix", "expected a string, found False"),
         ("[limits]\npeers = true", "limits.peers", "expected a whole number, found True"),
         ("[limits]\npeers = 8.0", "limits.peers", "expected a whole number, found 8.0"),
-        ("[limits]\npeers = 0", "limits.peers", "expected 1 to 1024, found 0"),
+        ("[limits]\npeers = 0", "limits.peers", "expected 1 to 512, found 0"),
         ("[quiesce]\nlease-ms = 600_001", "quiesce.lease-ms", "expected 1000 to 600000, found 600001"),
         ("[quiesce]\nlease-ms = '2m'", "quiesce.lease-ms", "expected a whole number, found '2m'"),
         ("[policy]\nallow = 'guest-ping'", "policy.allow", "expected a list of strings, found 'guest-ping'"),

@@ -139,8 +139,18 @@ def _block_device(tree: Tree, filesystem: FileSystem) -> str | None:
     if not filesystem.device.startswith("0:"):
         return filesystem.device
     name = filesystem.source.rpartition("/")[2]
+    if filesystem.source.startswith("/dev/mapper/"):
+        mapped = [dm for dm in tree.names("sys/class/block") if _mapper_name(tree, dm) == name]
+        name = mapped[0] if mapped else name
     try:
         return tree.read(f"sys/class/block/{name}/dev")
+    except OSError:
+        return None
+
+
+def _mapper_name(tree: Tree, block_device: str) -> str | None:
+    try:
+        return tree.read(f"sys/class/block/{block_device}/dm/name")
     except OSError:
         return None
 

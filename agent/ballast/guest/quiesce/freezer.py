@@ -78,6 +78,8 @@ class Freezes:
     """One session: levels of file systems, frozen first to last and thawed last to first."""
 
     def __init__(self, levels: list[list[int]], fds: list[int], expires_s: float, changed: Callable[[], None]) -> None:
+        if sorted(index for level in levels for index in level) != list(range(len(fds))):
+            raise ValueError("levels do not name each descriptor once")
         self.freezers = [Freezer(fd, changed) for fd in fds]
         self.expires_s = expires_s
         self.cause: str | None = None

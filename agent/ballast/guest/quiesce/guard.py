@@ -9,6 +9,7 @@ closes, whatever the reason. Memory is locked, threads are started before the fi
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import selectors
 import signal
@@ -127,9 +128,9 @@ class Guard:
         if message is None:
             self._lose_client()
         elif message["op"] == "freeze" and self._hold is None and not self._stopping:
-            self._hold = Freezes(message["levels"], fds, float(message["expires_s"]), self._wake)
+            self._hold = Freezes(message["levels"], fds, _lease(message), self._wake)
         elif message["op"] == "renew" and self._hold is not None and self._hold.cause is None:
-            self._hold.expires_s = float(message["expires_s"])
+            self._hold.expires_s = _lease(message)
             self._tell({"event": "renewed"})
         elif message["op"] == "thaw" and self._hold is not None:
             self._hold.cancel("thaw")
@@ -142,6 +143,13 @@ class Guard:
         self._idle_since_s = protocol.boottime_s()
         if self._hold is not None:
             self._hold.cancel("agent-lost")
+
+
+def _lease(message: dict[str, Any]) -> float:
+    expires_s = float(message["expires_s"])
+    if not math.isfinite(expires_s):
+        raise ValueError("a lease must end")
+    return expires_s
 
 
 def main() -> int:

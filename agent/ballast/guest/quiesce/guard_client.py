@@ -63,7 +63,10 @@ class GuardConnection:
                 raise GuardLost("the guard went away before it greeted")
             connection.pid = int(hello["pid"])
             # The credentials of the socket are those of PID 1, which made it: the guard says its own pid.
-            connection.pidfd = os.pidfd_open(connection.pid)
+            try:
+                connection.pidfd = os.pidfd_open(connection.pid)
+            except OSError as error:
+                raise GuardLost("the guard went away after it greeted") from error
         except BaseException:
             connection.close()
             raise

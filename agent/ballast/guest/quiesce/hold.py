@@ -154,7 +154,8 @@ class Hold:
                 self._resources.callback(os.close, fd)
             return fds, await sync_filesystems(fds, timeout_s=settings.sync_timeout_ms / 1000), await connecting
         except BaseException:
-            with contextlib.suppress(AgentError):
+            connecting.cancel()
+            with contextlib.suppress(AgentError, asyncio.CancelledError):
                 (await connecting).close()
             raise
 
@@ -258,7 +259,7 @@ class Hold:
         self.state = "thawing"
         self.ended.set_result(
             QuiesceEnded(
-                held=reason is None and self._frozen_at_s is not None,
+                held=reason is None and self._frozen_at_s is not None and not self.outcome.in_state("frozen"),
                 held_ms=round(1000 * (now_s - (self._frozen_at_s or now_s)), 3),
                 thaw_ms=round(1000 * (now_s - (self._end_ordered_s or now_s)), 3),
                 reason=reason,

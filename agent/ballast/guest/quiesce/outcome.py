@@ -46,10 +46,15 @@ class Outcome:
         """Take in the guard's last word; True if somebody else had thawed one of them before."""
         broken = False
         for index, one in enumerate(said):
-            if one["state"] in ("thawed", "freezing", "untouched"):
+            if one["state"] in ("freezing", "untouched"):
                 state: Any = "freezing" if one["state"] == "freezing" else "thawed"
                 self._results[index] = replace(self._results[index], state=state)
+            elif one["state"] == "thawed" and one["errno"] in (0, errno.EINVAL):
+                self._results[index] = replace(self._results[index], state="thawed")
                 broken = broken or one["errno"] == errno.EINVAL
+            elif one["state"] == "thawed":
+                reason = f"cannot be thawed: {os.strerror(one['errno'])}"
+                self._results[index] = replace(self._results[index], state="frozen", reason=reason)
         return broken
 
     def all_thawed(self) -> None:

@@ -100,9 +100,10 @@ class Quiesce:
         if not 0 < len(session_id) <= _ID_MAX:
             raise BadRequest(f"Parameter 'id' expects 1 to {_ID_MAX} characters", argument="id")
         _check_lease(lease_ms)
+        await self._settle()
         if self._current is not None and self._current.order.id == session_id:
             return await asyncio.shield(self._current.begun)
-        await self._wait_free()
+        self._refuse_while_held()
         if session_id in self._ended_unbegun:
             raise LeaseExpired("the session was ended before it began")
         if session_id in self._record.answers:
@@ -113,6 +114,7 @@ class Quiesce:
     async def renew(self, session_id: str, lease_ms: int) -> QuiesceRenewed:
         """Let the lease end ``lease_ms`` from now. LeaseExpired if it has ended, NoSuchId."""
         _check_lease(lease_ms)
+        await self._recovered.wait()
         if self._current is None or self._current.order.id != session_id:
             if session_id in self._record.answers:
                 raise LeaseExpired("the freeze has ended")
@@ -153,7 +155,8 @@ class Quiesce:
 
     async def qga_freeze(self, mountpoints: Collection[str] | None) -> int:
         """Freeze for the configured lease; number of file systems, of which unknown ones are ignored (QGA schema)."""
-        await self._wait_free()
+        await self._settle()
+        self._refuse_while_held()
         session_id = _QGA_PREFIX + str(uuid.uuid4())
         plan = self._plan(mountpoints, (), strict=False)
         begun = await self._start(Order(session_id, self._settings.lease_ms / 1000), plan)
@@ -188,10 +191,13 @@ class Quiesce:
             self._current.order_end("agent-restarted")
             await asyncio.wait([self._current.ended], timeout=10)
 
-    async def _wait_free(self) -> None:
-        """Let a session that has thawed finish; Busy if one is held."""
+    async def _settle(self) -> None:
+        """Wait for what is only finishing: the clean-up after an earlier agent, a session that has thawed."""
+        await self._recovered.wait()
         if not self.is_frozen:
             await self._idle.wait()
+
+    def _refuse_while_held(self) -> None:
         if self._current is not None:
             left_ms = self.status().lease_left_ms
             held = self._current.order.id

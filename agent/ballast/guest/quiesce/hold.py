@@ -26,7 +26,7 @@ from ballast.wire.names import EndReason, QuiesceBegun, QuiesceEnded
 
 log = logging.getLogger(__name__)
 
-GUARD_START_S = 20.0
+GUARD_START_S = 30.0  # enough for a stuck one to be killed and the next to start
 THAW_S = 5.0  # how long the guard may take over an ordered thaw before the net does it
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Generator
 from pathlib import Path
@@ -14,6 +15,11 @@ Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)
 HERE = Path(__file__).parent
 # The first test of tests/vm also builds the guests' images, if the cache is cold.
 ROOM_TIMEOUT_S = {"unit": 20, "kernel": 120, "vm": 900}
+
+
+def pytest_configure() -> None:
+    """Asyncio's debug mode warns of slow callbacks: on a busy machine every callback is slow at times."""
+    logging.getLogger("asyncio").setLevel(logging.ERROR)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

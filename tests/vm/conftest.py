@@ -6,7 +6,7 @@ A test leaves the guest as it found it: thawed, agent and guard running, nothing
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -57,3 +57,19 @@ def vsock(guest: Guest) -> str:
 def serial(guest: Guest) -> str:
     """Connect string of the guest's virtio-serial port."""
     return f"unix:{guest.ballast_port}"
+
+
+@pytest.fixture
+def measured(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Note a figure; all of them are shown at the end of the run."""
+    return lambda text: request.node.user_properties.append(("measured", text))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Show what was measured, of tests that failed too."""
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, ())]
+    texts = [text for report in reports for name, text in report.user_properties if name == "measured"]
+    if texts:
+        terminalreporter.section("measured in guests")
+    for text in texts:
+        terminalreporter.write_line(text)

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from ballast.host.connect import Unix, parse_target
 
-TIMEOUT_S = 60.0
+TIMEOUT_S = 30.0
 _READ_BYTES = 1 << 16
 _numbers = itertools.count(time.time_ns() // 1000)
 

@@ -1,7 +1,9 @@
 """Memory pressure from PSI: readings, levels, and events that the kernel sends instead of us asking.
 
 Documentation/accounting/psi.rst. A trigger fires at most once a window and shows as POLLPRI, which asyncio's own
-selector does not ask for: the triggers live in an epoll of their own, itself watched by the event loop.
+selector does not ask for: each trigger lives in an epoll of its own, itself watched by the event loop. To look at a
+trigger is to use up its event (psi_trigger_poll in kernel/sched/psi.c), and the loop's epoll looks through ours: that
+ours is readable is all there will be to see, and asking it again finds nothing. So there is one for each trigger.
 """
 
 from __future__ import annotations
@@ -33,8 +35,10 @@ def level_of(some_percent: float, full_percent: float) -> Level:
     return "medium" if some_percent >= STALL_PERCENT else "low"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Armed:
+    fd: int
+    epoll: select.epoll
     trigger: PsiTrigger
     subscription: Subscription
 
@@ -45,8 +49,7 @@ class Pressure:
     def __init__(self, tree: Tree, *, max_triggers: int) -> None:
         self._tree = tree
         self._max_triggers = max_triggers
-        self._armed: dict[int, _Armed] = {}
-        self._epoll: select.epoll | None = None
+        self._armed: set[_Armed] = set()
 
     @property
     def is_available(self) -> bool:
@@ -81,17 +84,17 @@ class Pressure:
             _check(trigger)
         if len(self._armed) + len(triggers) > self._max_triggers:
             raise Busy(f"more than {self._max_triggers} pressure triggers", limit=self._max_triggers)
-        fds: list[int] = []
+        armed: list[_Armed] = []
         try:
             for trigger in triggers:
-                fd = self._arm(trigger, subscription)
-                fds.append(fd)
+                one = self._arm(trigger, subscription)
+                armed.append(one)
         except AgentError:
-            self._disarm(fds)
+            self._disarm(armed)
             raise
-        return lambda: self._disarm(fds)
+        return lambda: self._disarm(armed)
 
-    def _arm(self, trigger: PsiTrigger, subscription: Subscription) -> int:
+    def _arm(self, trigger: PsiTrigger, subscription: Subscription) -> _Armed:
         path = self._tree.path(PRESSURE_FILE)
         try:
             fd = psi.open_trigger(path, trigger.kind, stall_us=trigger.stall_us, window_us=trigger.window_us)
@@ -99,39 +102,38 @@ class Pressure:
             raise NotSupported("this kernel has no pressure stall information") from error
         except OSError as error:
             raise KernelFailure.of("arm a trigger on", path, error) from error
-        if self._epoll is None:
-            self._epoll = select.epoll()
-            asyncio.get_running_loop().add_reader(self._epoll.fileno(), self._fire)
-        self._epoll.register(fd, select.EPOLLPRI)
-        self._armed[fd] = _Armed(trigger, subscription)
-        return fd
+        armed = _Armed(fd, select.epoll(), trigger, subscription)
+        armed.epoll.register(fd, select.EPOLLPRI)
+        asyncio.get_running_loop().add_reader(armed.epoll.fileno(), self._fire, armed)
+        self._armed.add(armed)
+        return armed
 
-    def _disarm(self, fds: list[int]) -> None:
-        for fd in fds:
-            if self._armed.pop(fd, None) is not None:
-                os.close(fd)  # which takes it out of the epoll too
-        fds.clear()
+    def _disarm(self, triggers: Sequence[_Armed]) -> None:
+        for armed in triggers:
+            if armed in self._armed:
+                self._armed.remove(armed)
+                asyncio.get_running_loop().remove_reader(armed.epoll.fileno())
+                armed.epoll.close()
+                os.close(armed.fd)
 
-    def _fire(self) -> None:
-        assert self._epoll is not None
-        for fd, _events in self._epoll.poll(0):
-            armed, now = self._armed.get(fd), self.read()
-            if armed is None or now is None:
-                continue
-            trigger = armed.trigger
-            # The averages lag by seconds; the trigger itself says what the last window was like.
-            percent = 100.0 * trigger.stall_us / trigger.window_us
-            full_percent = max(now.full.avg10, percent if trigger.kind == "full" else 0.0)
-            data = {
-                "level": level_of(max(now.some.avg10, percent), full_percent),
-                "kind": trigger.kind,
-                "stall-us": trigger.stall_us,
-                "window-us": trigger.window_us,
-                "some-avg10": now.some.avg10,
-                "full-avg10": now.full.avg10,
-            }
-            if not armed.subscription.send("BALLAST_PRESSURE", data):
-                self._disarm([fd])
+    def _fire(self, armed: _Armed) -> None:
+        now = self.read()
+        if armed not in self._armed or now is None:
+            return
+        trigger = armed.trigger
+        # The averages lag by seconds; the trigger itself says what the last window was like.
+        percent = 100.0 * trigger.stall_us / trigger.window_us
+        full_percent = max(now.full.avg10, percent if trigger.kind == "full" else 0.0)
+        data = {
+            "level": level_of(max(now.some.avg10, percent), full_percent),
+            "kind": trigger.kind,
+            "stall-us": trigger.stall_us,
+            "window-us": trigger.window_us,
+            "some-avg10": now.some.avg10,
+            "full-avg10": now.full.avg10,
+        }
+        if not armed.subscription.send("BALLAST_PRESSURE", data):
+            self._disarm([armed])
 
 
 def _check(trigger: PsiTrigger) -> None:

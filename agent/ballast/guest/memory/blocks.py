@@ -121,7 +121,12 @@ class Blocks:
             return "success", None
         path = f"{MEMORY}/memory{index}/state"
         if online:
-            number = await in_thread(lambda: self._write(path, "online"), name="memory-online")
+            # By the zone rule too: to a plain "online" the kernel answers with its own zone for the last blocks of a
+            # DIMM, which then cannot be unplugged any more.
+            async with self._onlining:
+                number = await in_thread(
+                    lambda: self._write(path, f"online_{self._zone_for(self._dimm_of(index))}"), name="memory-online"
+                )
         else:
             number = await self._offline(path)
         return ("operation-failed", number) if number else ("success", None)

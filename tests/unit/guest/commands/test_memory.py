@@ -89,7 +89,7 @@ async def test_blocks_are_set_as_qga_does_it(recorded: Tree) -> None:
         {"phys-index": 99, "response": "not-found", "error-code": errno.ENOENT},
         {"phys-index": 33, "response": "success"},
     ]
-    assert recorded.read(f"{MEMORY}/memory34/state") == "online"
+    assert recorded.read(f"{MEMORY}/memory34/state") == "online_movable"
 
 
 async def test_without_memory_hotplug_it_says_so(make_tree: MakeTree) -> None:

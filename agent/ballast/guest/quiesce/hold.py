@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 GUARD_START_S = 30.0  # enough for a stuck one to be killed and the next to start
 THAW_S = 5.0  # how long the guard may take over an ordered thaw before the net does it
+_ENDED_EARLY = "the session was ended before it was frozen"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,7 @@ class Hold:
         self._net: Net | None = None
         self._impatience: asyncio.TimerHandle | None = None
         self._renewed: asyncio.Future[None] | None = None
+        self._preparing: asyncio.Future[tuple[list[int], float, GuardConnection]] | None = None
         self._ender: EndReason | None = None
         self._end_ordered_s: float | None = None
         self._frozen_at_s: float | None = None
@@ -104,6 +106,8 @@ class Hold:
             return
         self._end_ordered_s = boottime_s()
         self._ender = reason
+        if self._preparing is not None:
+            self._preparing.cancel()
         if self._guard is not None and self._net is not None:
             self._guard.send({"op": "thaw"})
             self._impatience = asyncio.get_running_loop().call_later(THAW_S, self._net.fire)
@@ -127,11 +131,11 @@ class Hold:
     # The life of a hold, in order.
 
     async def _live(self) -> None:
-        fds, sync_s, guard = await self._prepare()
+        fds, sync_s, guard = await self._prepare_unless_ended()
         self._guard = guard
         self._resources.callback(guard.close)
         if self._end_ordered_s is not None:
-            raise LeaseExpired("the session was ended before it was frozen")
+            raise LeaseExpired(_ENDED_EARLY)
         self._around.opening(self, guard.pid)
         started_s = boottime_s()
         self.expires_s = started_s + self.order.lease_s
@@ -143,6 +147,17 @@ class Hold:
         self.begun.set_result(self._answer(sync_s, self._frozen_at_s - started_s))
         self._around.changed(self, None)
         await self._end()
+
+    async def _prepare_unless_ended(self) -> tuple[list[int], float, GuardConnection]:
+        """Prepare; an end does not wait until a disk that hangs has taken what is written out."""
+        self._preparing = asyncio.ensure_future(self._prepare())
+        try:
+            await asyncio.wait({self._preparing})
+        finally:
+            self._preparing.cancel()
+        if self._preparing.cancelled():
+            raise LeaseExpired(_ENDED_EARLY)
+        return self._preparing.result()
 
     async def _prepare(self) -> tuple[list[int], float, GuardConnection]:
         """Open, write out and start the guard, the last beside the others. All that needs a working disk is here."""

@@ -87,7 +87,8 @@ class Peer:
         return True
 
     def drop(self) -> None:
-        """End the connection, without regard for what it has not read."""
+        """End the connection, without regard for what it has not read; what it still asks is not done."""
+        self._last_reply = True
         self._writer.transport.abort()
 
     def close_after_reply(self) -> None:

@@ -11,8 +11,6 @@ from typing import Literal
 
 PROTOCOL = 1
 VSOCK_PORT = 640
-HOST_CID = 2
-VIRTIO_SERIAL_PORT = "org.ballast.agent.0"
 
 Level = Literal["low", "medium", "critical"]
 StallKind = Literal["some", "full"]

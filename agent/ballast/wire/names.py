@@ -139,6 +139,62 @@ class OnlineResult:
 
 
 @dataclass(frozen=True, slots=True)
+class DimmResult:
+    """A DIMM: its first guest-physical address, and whether all of its blocks are offline, so that it can come off."""
+
+    address: int
+    bytes: int
+    offline: bool
+
+
+@dataclass(frozen=True, slots=True)
+class OfflineResult:
+    """``ballast-memory-offline``: bytes that were taken offline now, each block, and the DIMMs that they are."""
+
+    bytes: int
+    blocks: list[BlockResult]
+    dimms: list[DimmResult]
+
+
+# Guest-physical memory: [address, bytes] each, rising, none overlapping another.
+Ranges = list[list[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class BalloonInflated:
+    """``ballast-balloon-inflate``: the chunk that waits for its ack, None if none was taken.
+
+    ``done``: the target is reached. ``floor``: the guest gives no more now.
+    """
+
+    chunk: int | None
+    bytes: int
+    total_bytes: int
+    ranges: Ranges
+    done: bool
+    floor: bool
+
+
+@dataclass(frozen=True, slots=True)
+class BalloonDeflated:
+    """``ballast-balloon-deflate``: what the guest has again."""
+
+    bytes: int
+    total_bytes: int
+    ranges: Ranges
+
+
+@dataclass(frozen=True, slots=True)
+class BalloonRanges:
+    """``ballast-balloon-ranges``: all that the balloon holds, looked up now; ``generation`` changes whenever it does."""
+
+    boot_id: str
+    generation: int
+    total_bytes: int
+    ranges: Ranges
+
+
+@dataclass(frozen=True, slots=True)
 class FilesystemResult:
     """One file system of a freeze. ``freezing`` means that a FIFREEZE still waits for a running writer."""
 

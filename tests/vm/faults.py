@@ -28,7 +28,7 @@ from tests.lab.guest import Guest
 from tests.vm.conftest import TOKEN, boot
 
 WITNESS = Path(__file__).parent / "witness.py"
-IN_GUEST, SAID = "/run/lab-witness.py", "/run/lab-witness.said"
+IN_GUEST, SAID, GO = "/run/lab-witness.py", "/run/lab-witness.said", "/run/lab-witness.go"
 MOUNTPOINTS = ["/", "/mnt/data1", "/mnt/data2", "/mnt/data0"]
 LONG_LEASE_MS, SHORT_LEASE_MS = 30_000, 2_000
 
@@ -86,7 +86,7 @@ def run_round(guest: Guest, name: str) -> dict[str, Any]:
 @contextlib.contextmanager
 def _watching(guest: Guest, harm: str) -> Iterator[Callable[[], dict[str, Any]]]:
     """Run the witness beside the block, which begins when the witness is ready."""
-    guest.run(["rm", "-f", SAID])
+    guest.run(["rm", "-f", SAID, GO])
     script = f"/usr/bin/python3 -IB {IN_GUEST} {harm} {' '.join(MOUNTPOINTS)} | tee {SAID} | tail -n 1"
     output: list[Any] = []
 
@@ -126,13 +126,14 @@ def _wait_for_word(guest: Guest, word: str) -> None:
 
 
 async def _freeze_and_leave(guest: Guest, name: str, session_id: str) -> None:
-    """Freeze over vsock and hang up; a freeze that must fail by the lease does."""
+    """Freeze over vsock, hang up and let the harm be done; a freeze that must fail by the lease does."""
     try:
         async with _connect(guest) as agent:
             await agent.quiesce_begin(session_id, KINDS[name].lease_ms)
     except (AgentError, ConnectionError, OSError):
-        if not name.startswith("writer-parked") and name != "agent-killed":
+        if not name.startswith("writer-parked"):
             raise
+    await asyncio.to_thread(guest.run, ["touch", GO])
     if name == "host-gone-ended-by-another":
         await asyncio.to_thread(_wait_for_word, guest, "frozen")
         async with Agent.connect(f"unix:{guest.ballast_port}") as agent:

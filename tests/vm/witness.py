@@ -9,6 +9,7 @@ failure ends as one.
 
 Harms: none, kill-agent, kill-guard, stop-guard; park, park+kill-guard and park+kill-agent hold a writer of the last
 mount point in the middle of its write (userfaultfd) while the lease runs out, and let it go when the others are thawed.
+Without a parked writer the harm waits until GO exists: writers stand still long before the last FIFREEZE has returned.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import threading
 import time
 from pathlib import Path
 
+GO = Path("/run/lab-witness.go")
 RESCUE_S = 40
 BLOCKED_S = 0.3  # a writer that has not come through for this long is held up
 PERIOD_S = 0.005
@@ -153,6 +155,8 @@ def watch(name: str, mountpoints: list[str]) -> dict[str, object]:
     wait_for(lambda: all(writer.is_held_up for writer in writers), "all is frozen")
     sys.stdout.write("frozen\n")
     sys.stdout.flush()
+    if not parked:
+        wait_for(GO.exists, "the freeze was answered")
     harmed_s = time.monotonic()
     harm(name.removeprefix("park").removeprefix("+") or "none")
     report: dict[str, object] = {"thawed_s": first_writes(writers, harmed_s)}

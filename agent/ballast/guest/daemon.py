@@ -30,9 +30,12 @@ from ballast.guest.events import Events
 from ballast.guest.linux.notify import notify
 from ballast.guest.linux.tree import Tree
 from ballast.guest.linux.uevents import UeventSocket
+from ballast.guest.memory.balloon import Balloon
 from ballast.guest.memory.blocks import Blocks
+from ballast.guest.memory.holder_protocol import CHUNK_BYTES
 from ballast.guest.memory.hotplug import Hotplug
 from ballast.guest.memory.pressure import Pressure
+from ballast.guest.memory.relief import Relief
 from ballast.guest.memory.status import MemoryFacts
 from ballast.guest.peer import Bounds, Peers
 from ballast.guest.quiesce.session import LEASE_MAX_MS, Quiesce
@@ -44,7 +47,6 @@ from ballast.wire.message import LINE_LIMIT_BYTES
 log = logging.getLogger("ballast")
 
 EXIT_CONFIG = 78  # EX_CONFIG of sysexits.h; the unit does not restart on it
-_CHUNK_BYTES = 64 << 20
 _PRIVILEGED_PORT = 1024
 _TOKEN_MIN_BYTES = 16
 
@@ -60,9 +62,11 @@ class Daemon:
         self._boot_id = tree.read("proc/sys/kernel/random/boot_id")
         self._pressure = Pressure(tree, max_triggers=config.limits.triggers)
         self._quiesce = Quiesce(tree, events := Events(), config.quiesce)
+        self._balloon = Balloon(tree, events, boot_id=self._boot_id)
+        self._relief = Relief(self._balloon, self._pressure, events)
         blocks = Blocks(tree)
         self._hotplug = Hotplug(blocks, events, online=config.memory.online)
-        facts = MemoryFacts(tree, self._pressure, blocks, boot_id=self._boot_id)
+        facts = MemoryFacts(tree, self._pressure, blocks, self._balloon, boot_id=self._boot_id)
         policy = config.policy
         table = Table(is_frozen=lambda: self._quiesce.is_frozen, allow=policy.allow, block=policy.block)
         limits = config.limits
@@ -71,7 +75,7 @@ class Daemon:
         sources = Sources(self._pressure.watch, facts.report_every)
         token = _read_token()
         table.add(AgentCommands(table, events, sources, version=__version__, token=token, read_status=self.status))
-        table.add(MemoryCommands(facts, blocks))
+        table.add(MemoryCommands(facts, blocks, self._balloon))
         table.add(QuiesceCommands(self._quiesce))
         if table.unknown:
             raise ConfigError(config_path, "policy", f"no such commands: {', '.join(table.unknown)}")
@@ -81,17 +85,17 @@ class Daemon:
         return names.AgentStatus(
             version=__version__,
             protocol=names.PROTOCOL,
-            features=["memory", "quiesce"],
+            features=["memory", "balloon", "quiesce"],
             boot_id=self._boot_id,
             page_size_bytes=os.sysconf("SC_PAGESIZE"),
-            limits=names.Limits(LEASE_MAX_MS, _CHUNK_BYTES, LINE_LIMIT_BYTES),
+            limits=names.Limits(LEASE_MAX_MS, CHUNK_BYTES, LINE_LIMIT_BYTES),
             uptime_ms=round(1000 * (time.monotonic() - self._started_s)),
             peers=len(self._peers),
             rss_bytes=psutil.Process().memory_info().rss,
             psi=self._pressure.is_available,
-            pin=None,
+            pin=self._balloon.pin(),
             guard=self._quiesce.guard_state(),
-            holder="stopped",
+            holder=self._balloon.holder_state(),
         )
 
     async def run(self) -> None:
@@ -103,7 +107,8 @@ class Daemon:
         uevents = UeventSocket("memory", "virtio-ports")
         loop.add_reader(uevents.fileno(), self._hear, uevents)
         async with asyncio.TaskGroup() as group:
-            parts = [self._quiesce.run(), self._hotplug.run(), feed_watchdog(), *self._transports()]
+            await self._balloon.recover()
+            parts = [self._quiesce.run(), self._hotplug.run(), self._relief.run(), feed_watchdog(), *self._transports()]
             tasks = [group.create_task(part) for part in parts]
             notify("READY=1")
             log.info("ballastd %s is ready", __version__)

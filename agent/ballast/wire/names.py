@@ -186,7 +186,7 @@ class BalloonDeflated:
 
 @dataclass(frozen=True, slots=True)
 class BalloonRanges:
-    """``ballast-balloon-ranges``: all that the balloon holds, looked up now; ``generation`` changes whenever it does."""
+    """``ballast-balloon-ranges``: all that the balloon holds, looked up now; ``generation`` changes with it."""
 
     boot_id: str
     generation: int

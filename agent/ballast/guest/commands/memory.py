@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ballast.guest.dispatch import command
+from ballast.guest.memory.balloon import Balloon
 from ballast.guest.memory.blocks import Blocks
 from ballast.guest.memory.status import MemoryFacts
 from ballast.wire.errors import BadRequest
-from ballast.wire.names import MemoryStatus, OnlineResult, Zone
+from ballast.wire.names import BalloonDeflated, BalloonInflated, BalloonRanges, MemoryStatus, OnlineResult, Zone
 from ballast.wire.shape import Uint64
 
 
@@ -42,11 +43,12 @@ class GuestMemoryBlockInfo:
 
 
 class MemoryCommands:
-    """Thin: the facts come from ``memory.status``, the hands are ``memory.blocks``."""
+    """Thin: the facts come from ``memory.status``, the hands are ``memory.blocks`` and ``memory.balloon``."""
 
-    def __init__(self, facts: MemoryFacts, blocks: Blocks) -> None:
+    def __init__(self, facts: MemoryFacts, blocks: Blocks, balloon: Balloon) -> None:
         self._facts = facts
         self._blocks = blocks
+        self._balloon = balloon
 
     @command("ballast-memory-status", while_frozen=True)
     async def status(self) -> MemoryStatus:
@@ -68,9 +70,41 @@ class MemoryCommands:
         """
         if bytes is not None and blocks is not None:
             raise BadRequest("Parameter 'bytes' and parameter 'blocks' exclude each other", argument="bytes")
-        if bytes is not None and bytes < 0:
-            raise BadRequest("Parameter 'bytes' expects 0 or more", argument="bytes")
+        _check_size("bytes", bytes or 0)
         return await self._blocks.online(bytes_=bytes, indexes=blocks, zone=zone)
+
+    @command("ballast-balloon-inflate", audited=True)
+    async def balloon_inflate(self, *, target_bytes: int) -> BalloonInflated:
+        """Take one chunk (64 MiB at most) towards the target, or return again the one that waits for its ack.
+
+        Takes up to a minute. Errors: bad-argument, not-supported (no io_uring), kernel, deadline. Since 0.2.
+        """
+        _check_size("target-bytes", target_bytes)
+        return await self._balloon.inflate(target_bytes)
+
+    @command("ballast-balloon-ack", while_frozen=True)
+    async def balloon_ack(self, *, chunk: int, punched_bytes: int) -> dict[str, str]:
+        """Tell that the host has done with a chunk, of which it freed so much.
+
+        Errors: bad-argument, no-such-id (it was given back), kernel, deadline. Since 0.2.
+        """
+        _check_size("punched-bytes", punched_bytes)
+        await self._balloon.ack(chunk, punched_bytes)
+        return {}
+
+    @command("ballast-balloon-deflate", while_frozen=True, audited=True)
+    async def balloon_deflate(self, *, target_bytes: int) -> BalloonDeflated:
+        """Give memory back until no more than the target is held; it is usable at once.
+
+        Errors: bad-argument, kernel, deadline. Since 0.2.
+        """
+        _check_size("target-bytes", target_bytes)
+        return await self._balloon.deflate(target_bytes)
+
+    @command("ballast-balloon-ranges", while_frozen=True)
+    async def balloon_ranges(self) -> BalloonRanges:
+        """All that the balloon holds, each frame looked up now. Errors: kernel (one has moved), deadline. Since 0.2."""
+        return await self._balloon.ranges()
 
     @command("guest-get-memory-blocks")
     async def get_memory_blocks(self) -> list[GuestMemoryBlock]:
@@ -90,3 +124,8 @@ class MemoryCommands:
     async def get_memory_block_info(self) -> GuestMemoryBlockInfo:
         """Size of a block. Since QGA 2.3."""
         return GuestMemoryBlockInfo(self._blocks.block_size_bytes())
+
+
+def _check_size(argument: str, bytes_: int) -> None:
+    if bytes_ < 0:
+        raise BadRequest(f"Parameter '{argument}' expects 0 or more", argument=argument)

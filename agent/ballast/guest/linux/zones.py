@@ -7,27 +7,35 @@ from dataclasses import dataclass
 
 _ZONE = re.compile(r"^Node \d+, zone +(\w+)")
 _PRESENT = re.compile(r"^ +present +(\d+)")
+_RECLAIMABLE = re.compile(r"^ +(?:pages free|nr_zone_inactive_file|nr_zone_active_file) +(\d+)")
 _RAM = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) : System RAM", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
 class ZonePages:
-    """Online pages: in ZONE_MOVABLE, which takes only what can be moved again, and in all other zones."""
+    """Online pages: in ZONE_MOVABLE, which takes only what can be moved again, and in all other zones.
+
+    ``kernel_reclaimable_pages``: of the others, those that are free or hold the contents of files.
+    """
 
     movable_pages: int
     kernel_pages: int
+    kernel_reclaimable_pages: int
 
 
 def parse_zoneinfo(text: str) -> ZonePages:
     """Add up ``present`` (pages that exist and are online) over all nodes."""
     pages = {True: 0, False: 0}
+    reclaimable = 0
     movable = False
     for line in text.splitlines():
         if zone := _ZONE.match(line):
             movable = zone.group(1) == "Movable"
         elif present := _PRESENT.match(line):
             pages[movable] += int(present.group(1))
-    return ZonePages(movable_pages=pages[True], kernel_pages=pages[False])
+        elif not movable and (found := _RECLAIMABLE.match(line)):
+            reclaimable += int(found.group(1))
+    return ZonePages(movable_pages=pages[True], kernel_pages=pages[False], kernel_reclaimable_pages=reclaimable)
 
 
 def parse_ram_ranges(text: str) -> list[tuple[int, int]]:

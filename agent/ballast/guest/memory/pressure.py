@@ -41,6 +41,7 @@ class _Armed:
     epoll: select.epoll
     trigger: PsiTrigger
     subscription: Subscription
+    is_ours: bool
 
 
 class Pressure:
@@ -74,27 +75,40 @@ class Pressure:
         With None the default ones; where the kernel has no PSI or refuses them, such a subscriber just hears no
         pressure. BadRequest, NotSupported, Busy (too many), KernelFailure.
         """
-        if triggers is None:
-            try:
-                return self.watch(DEFAULT_TRIGGERS, subscription)
-            except (NotSupported, KernelFailure) as error:
-                log.warning("no pressure events for a subscriber: %s", error.desc)
-                return lambda: None
-        for trigger in triggers:
+        for trigger in triggers or ():
             _check(trigger)
-        if len(self._armed) + len(triggers) > self._max_triggers:
+        theirs = sum(1 for armed in self._armed if not armed.is_ours)
+        if theirs + len(DEFAULT_TRIGGERS if triggers is None else triggers) > self._max_triggers:
             raise Busy(f"more than {self._max_triggers} pressure triggers", limit=self._max_triggers)
+        if triggers is None:
+            return self._watch_by_default(subscription, is_ours=False)
+        return self._arm_all(triggers, subscription, is_ours=False)
+
+    def watch_for_us(self, subscription: Subscription) -> Callable[[], None]:
+        """Arm the default triggers for a part of the agent: peers cannot use these up. Never blocks, never raises."""
+        return self._watch_by_default(subscription, is_ours=True)
+
+    def _watch_by_default(self, subscription: Subscription, *, is_ours: bool) -> Callable[[], None]:
+        try:
+            return self._arm_all(DEFAULT_TRIGGERS, subscription, is_ours=is_ours)
+        except (NotSupported, KernelFailure) as error:
+            log.warning("no pressure events for %s: %s", "ourselves" if is_ours else "a subscriber", error.desc)
+            return lambda: None
+
+    def _arm_all(
+        self, triggers: Sequence[PsiTrigger], subscription: Subscription, *, is_ours: bool
+    ) -> Callable[[], None]:
         armed: list[_Armed] = []
         try:
             for trigger in triggers:
-                one = self._arm(trigger, subscription)
+                one = self._arm(trigger, subscription, is_ours=is_ours)
                 armed.append(one)
         except AgentError:
             self._disarm(armed)
             raise
         return lambda: self._disarm(armed)
 
-    def _arm(self, trigger: PsiTrigger, subscription: Subscription) -> _Armed:
+    def _arm(self, trigger: PsiTrigger, subscription: Subscription, *, is_ours: bool) -> _Armed:
         path = self._tree.path(PRESSURE_FILE)
         try:
             fd = psi.open_trigger(path, trigger.kind, stall_us=trigger.stall_us, window_us=trigger.window_us)
@@ -102,7 +116,7 @@ class Pressure:
             raise NotSupported("this kernel has no pressure stall information") from error
         except OSError as error:
             raise KernelFailure.of("arm a trigger on", path, error) from error
-        armed = _Armed(fd, select.epoll(), trigger, subscription)
+        armed = _Armed(fd, select.epoll(), trigger, subscription, is_ours)
         armed.epoll.register(fd, select.EPOLLPRI)
         asyncio.get_running_loop().add_reader(armed.epoll.fileno(), self._fire, armed)
         self._armed.add(armed)

@@ -10,6 +10,7 @@ import psutil
 
 from ballast.guest.events import Subscription
 from ballast.guest.linux.tree import Tree
+from ballast.guest.memory.balloon import Balloon
 from ballast.guest.memory.blocks import Blocks
 from ballast.guest.memory.demand import demand_parts
 from ballast.guest.memory.pressure import Pressure, level_of
@@ -22,10 +23,11 @@ _COMMITTED = re.compile(r"^Committed_AS: +(\d+) kB", re.MULTILINE)
 class MemoryFacts:
     """Reads; changes nothing. May run while frozen: /proc and /sys are no disks."""
 
-    def __init__(self, tree: Tree, pressure: Pressure, blocks: Blocks, *, boot_id: str) -> None:
+    def __init__(self, tree: Tree, pressure: Pressure, blocks: Blocks, balloon: Balloon, *, boot_id: str) -> None:
         self._tree = tree
         self._pressure = pressure
         self._blocks = blocks
+        self._balloon = balloon
         self._boot_id = boot_id
         psutil.PROCFS_PATH = str(tree.path("proc"))
 
@@ -33,7 +35,9 @@ class MemoryFacts:
         """One consistent reading of everything; a few milliseconds."""
         memory, swap = psutil.virtual_memory(), psutil.swap_memory()
         stalls = self._pressure.read()
-        parts = demand_parts(total_bytes=memory.total, available_bytes=memory.available)
+        balloon = self._balloon.state()
+        # The balloon's pages are no need of the guest's, although the kernel counts them as used.
+        parts = demand_parts(total_bytes=memory.total - balloon.bytes, available_bytes=memory.available)
         return names.MemoryStatus(
             boot_id=self._boot_id,
             total_bytes=memory.total,
@@ -47,7 +51,7 @@ class MemoryFacts:
             level=level_of(stalls.some.avg10, stalls.full.avg10) if stalls else "low",
             demand_bytes=sum(parts.values()),
             demand=parts,
-            balloon=names.BalloonState(0, 0),
+            balloon=balloon,
             blocks=self._blocks.counts(),
             kernel_balloon=None,
         )

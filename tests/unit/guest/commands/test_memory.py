@@ -10,7 +10,9 @@ import pytest
 
 from ballast.guest.commands.memory import MemoryCommands
 from ballast.guest.dispatch import Table
+from ballast.guest.events import Events
 from ballast.guest.linux.tree import Tree
+from ballast.guest.memory.balloon import Balloon
 from ballast.guest.memory.blocks import MEMORY, Blocks
 from ballast.guest.memory.pressure import Pressure
 from ballast.guest.memory.status import MemoryFacts
@@ -27,8 +29,9 @@ def own_procfs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def make_table(tree: Tree) -> Table:
     table = Table(is_frozen=lambda: False)
-    blocks = Blocks(tree)
-    table.add(MemoryCommands(MemoryFacts(tree, Pressure(tree, max_triggers=1), blocks, boot_id="b"), blocks))
+    blocks, balloon = Blocks(tree), Balloon(tree, Events(), boot_id="b")
+    facts = MemoryFacts(tree, Pressure(tree, max_triggers=1), blocks, balloon, boot_id="b")
+    table.add(MemoryCommands(facts, blocks, balloon))
     return table
 
 

@@ -17,11 +17,17 @@ Node 0, zone      DMA
         later    99
 Node 0, zone    DMA32
         present  258048
+      nr_free_pages 77
+      nr_zone_inactive_anon 9
+      nr_zone_inactive_file 100
+      nr_zone_active_file 20
 Node 0, zone   Normal
         present  0
 Node 0, zone  Movable
+  pages free     5000
         spanned  65536
         present  32768
+      nr_zone_active_file 3000
 Node 1, zone   Normal
         present  1000
 Node 1, zone  Movable
@@ -32,11 +38,13 @@ Node 1, zone   Device
 
 
 def test_present_pages_of_all_nodes_add_up() -> None:
-    assert parse_zoneinfo(ZONEINFO) == ZonePages(movable_pages=34768, kernel_pages=3998 + 258048 + 1000)
+    assert parse_zoneinfo(ZONEINFO) == ZonePages(
+        movable_pages=34768, kernel_pages=3998 + 258048 + 1000, kernel_reclaimable_pages=3840 + 100 + 20
+    )
 
 
 def test_no_zones_are_no_pages() -> None:
-    assert parse_zoneinfo("") == parse_zoneinfo("garbage\n   present x\n") == ZonePages(0, 0)
+    assert parse_zoneinfo("") == parse_zoneinfo("garbage\n   present x\n") == ZonePages(0, 0, 0)
 
 
 def test_ram_is_what_stands_at_the_top_level() -> None:
@@ -60,6 +68,7 @@ def test_recorded(recorded: Tree) -> None:
     zones = parse_zoneinfo(recorded.read("proc/zoneinfo"))
     assert 4096 * zones.movable_pages == 256 << 20
     assert (1 << 30) - (2 << 20) < 4096 * zones.kernel_pages <= 1 << 30
+    assert zones.kernel_pages // 2 < zones.kernel_reclaimable_pages < zones.kernel_pages
     assert parse_ram_ranges(recorded.read("proc/iomem"))[-2:] == [
         (1 << 32, 256 << 20),
         ((1 << 32) + (256 << 20), 256 << 20),

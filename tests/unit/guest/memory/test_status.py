@@ -9,8 +9,9 @@ from typing import Any
 import psutil
 import pytest
 
-from ballast.guest.events import Subscription
+from ballast.guest.events import Events, Subscription
 from ballast.guest.linux.tree import Tree
+from ballast.guest.memory.balloon import Balloon
 from ballast.guest.memory.blocks import Blocks
 from ballast.guest.memory.pressure import PRESSURE_FILE, Pressure
 from ballast.guest.memory.status import MemoryFacts
@@ -21,7 +22,8 @@ from ballast.wire.names import BalloonState, BlockCounts
 @pytest.fixture
 def facts(recorded: Tree, monkeypatch: pytest.MonkeyPatch) -> MemoryFacts:
     monkeypatch.setattr(psutil, "PROCFS_PATH", "/proc")  # which it sets, and gets back afterwards
-    return MemoryFacts(recorded, Pressure(recorded, max_triggers=1), Blocks(recorded), boot_id="a-b")
+    balloon = Balloon(recorded, Events(), boot_id="a-b")
+    return MemoryFacts(recorded, Pressure(recorded, max_triggers=1), Blocks(recorded), balloon, boot_id="a-b")
 
 
 def kib(tree: Tree, name: str) -> int:

@@ -1,0 +1,279 @@
+"""The balloon: memory of the guest's that the host may use elsewhere, taken and given back chunk by chunk.
+
+The pages are the holder's, a process of its own that the kernel kills before any other. What is decided here: how much
+may be taken (``floor``), which chunk the host has not acknowledged yet, and when to give way. The balloon never grows
+by itself. A chunk that waits for its ack is pinned by the holder's ring and by our copy of it, so that neither's
+death frees what the host is about to punch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+import psutil
+
+from ballast.guest.events import Events
+from ballast.guest.linux.tree import Tree
+from ballast.guest.linux.zones import parse_zoneinfo
+from ballast.guest.memory import holder_protocol as protocol
+from ballast.guest.memory.floor import Readings, room_bytes
+from ballast.guest.memory.holder_client import HeldChunk, HolderConnection, HolderLost
+from ballast.guest.memory.holder_protocol import CHUNK_BYTES, GRAIN_BYTES
+from ballast.wire.errors import AgentError, KernelFailure, NoSuchId
+from ballast.wire.names import BalloonDeflated, BalloonInflated, BalloonRanges, BalloonState, ProcessState, Ranges
+
+log = logging.getLogger(__name__)
+
+START_S = 30.0
+TAKE_S = 60.0  # compaction can take long
+GIVE_S = 30.0
+# After it gave way a host's loop may still be asking for more: what was asked for before is not given.
+HOLD_OFF_S = 10.0
+_PAGE_BYTES = 4096  # zoneinfo counts base pages
+_HOLDER_CGROUP = "sys/fs/cgroup/ballast.slice/ballast-balloon.service/cgroup.procs"
+
+
+class Balloon:
+    """One at a time of inflate, ack, deflate and ranges; all may run while frozen but ``inflate``."""
+
+    def __init__(self, tree: Tree, events: Events, *, boot_id: str, path: str = protocol.SOCKET_PATH) -> None:
+        self.target_bytes = 0
+        self._tree = tree
+        self._events = events
+        self._boot_id = boot_id
+        self._path = path
+        self._lock = asyncio.Lock()
+        self._holder: HolderConnection | None = None
+        self._unreached_bytes = 0  # what a holder that does not answer had when it last did
+        self._held: HeldChunk | None = None
+        self._has_moved = False
+        self._gave_way_at_s = float("-inf")
+
+    @property
+    def bytes(self) -> int:
+        """What it holds now."""
+        if self._holder is not None:
+            return self._holder.total_bytes
+        return self._unreached_bytes or (self._held.bytes if self._held else 0)
+
+    @property
+    def generation(self) -> int:
+        """Another number whenever what it holds has changed."""
+        return self._holder.generation if self._holder is not None else 0
+
+    def state(self) -> BalloonState:
+        """What it holds, and was last told to hold."""
+        return BalloonState(self.bytes, self.target_bytes)
+
+    def holder_state(self) -> ProcessState:
+        """Whether the holder holds something, waits, or is not running; without asking it."""
+        if self.bytes:
+            return "active"
+        return "idle" if self._is_holder_running() else "stopped"
+
+    def pin(self) -> str | None:
+        """How pages are pinned: "io_uring", or None where the administrator has switched it off."""
+        try:
+            return None if self._tree.read("proc/sys/kernel/io_uring_disabled") == "2" else "io_uring"
+        except OSError:  # before Linux 6.6 there is no such switch
+            return "io_uring"
+
+    async def recover(self) -> None:
+        """Find an earlier agent's balloon again. Never raises."""
+        try:
+            if self._is_holder_running():
+                await self._reach()
+        except AgentError as error:
+            log.warning("cannot take over the balloon: %s", error.desc)
+        self.target_bytes = self.bytes
+
+    async def inflate(self, target_bytes: int) -> BalloonInflated:
+        """Take a chunk towards the target, or return the one that still waits for its ack.
+
+        NotSupported without io_uring; KernelFailure, DeadlineExceeded. Blocks for up to TAKE_S.
+        """
+        async with self._lock:
+            if self._held is None:
+                self.target_bytes = target_bytes
+                await self._take(target_bytes - self.bytes)
+            is_done = self.bytes + GRAIN_BYTES > target_bytes
+            return BalloonInflated(
+                chunk=self._held.id if self._held else None,
+                bytes=self._held.bytes if self._held else 0,
+                total_bytes=self.bytes,
+                ranges=_merged(self._held.ranges) if self._held else [],
+                done=is_done,
+                floor=not is_done and self._room_bytes() < GRAIN_BYTES,
+            )
+
+    async def ack(self, chunk: int, punched_bytes: int) -> None:
+        """Let the chunk be one of many: the host has done with it. NoSuchId if it no longer waits for that."""
+        async with self._lock:
+            held = self._held
+            if held is None or held.id != chunk:
+                raise NoSuchId(f"chunk {chunk} waits for no ack: it was given back, or was acknowledged")
+            try:
+                if holder := await self._reach():
+                    await holder.ask({"op": "ack", "chunk": chunk}, timeout_s=GIVE_S)
+            except HolderLost:
+                pass  # and with it all but this chunk
+            log.info("balloon chunk %d: the host has freed %d of %d bytes", chunk, punched_bytes, held.bytes)
+            if self._holder is None:
+                await self._release_held("holder-lost")
+            else:
+                held.let_go()
+                self._held = None
+
+    async def deflate(self, target_bytes: int) -> BalloonDeflated:
+        """Give back until no more than the target is held, newest first; the chunk without an ack last of all.
+
+        KernelFailure, DeadlineExceeded. What is given back is usable on return.
+        """
+        return await self._deflate(lambda: target_bytes, "deflate")
+
+    async def give_way(self, bytes_: int) -> BalloonDeflated:
+        """Give back that much, as far as the host has acknowledged it, and take no more until told again."""
+        self._gave_way_at_s = time.monotonic()
+        return await self._deflate(lambda: max(0, self.bytes - bytes_), "pressure")
+
+    async def _deflate(self, target: Callable[[], int], cause: str) -> BalloonDeflated:
+        if self._holder is not None:
+            self._holder.hurry()
+        async with self._lock:
+            before_bytes, target_bytes = self.bytes, target()
+            ranges = await self._release_acked(target_bytes)
+            if self._held is not None and self.bytes > target_bytes and cause == "deflate":
+                ranges = ranges + self._held.ranges
+                await self._release_held(cause)
+            self.target_bytes = min(target_bytes, self.bytes) if cause == "deflate" else self.bytes
+            if self.bytes != before_bytes:
+                self._tell(cause)
+            self._leave_if_empty()
+            return BalloonDeflated(before_bytes - self.bytes, self.bytes, _merged(ranges))
+
+    async def ranges(self) -> BalloonRanges:
+        """All that is held, each frame looked up in pagemap now.
+
+        KernelFailure if one is not where it was: the pin does not hold here, and nothing more is taken.
+        """
+        async with self._lock:
+            ranges: Ranges = []
+            holder = await self._reach()
+            if holder is None and self._held is not None:
+                ranges = self._held.ranges
+            after = 0
+            while holder is not None:
+                answer = await holder.ask({"op": "ranges", "after": after}, timeout_s=GIVE_S)
+                if answer["moved"]:
+                    self._has_moved = True
+                    raise KernelFailure("pages of the balloon have moved although they are pinned", operation="pin")
+                if answer["chunk"] is None:
+                    break
+                after, _bytes, chunk_ranges, _fd = answer["chunk"]
+                ranges = ranges + chunk_ranges
+            return BalloonRanges(self._boot_id, self.generation, self.bytes, _merged(ranges))
+
+    # With the lock held.
+
+    async def _take(self, wanted_bytes: int) -> None:
+        """Take what is wanted, as far as it can be spared; nothing at a floor."""
+        if self._has_moved:
+            raise KernelFailure("pages of the balloon have moved although they are pinned", operation="pin")
+        bytes_ = min(wanted_bytes, CHUNK_BYTES, self._room_bytes()) // GRAIN_BYTES * GRAIN_BYTES
+        if bytes_ <= 0:
+            return
+        if self._holder is None:
+            self._holder, self._held = await HolderConnection.open(self._path, self._lost, timeout_s=START_S)
+        if self._held is None:
+            self._held = await self._holder.take(bytes_, timeout_s=TAKE_S)
+        self._tell("inflate")
+
+    async def _reach(self) -> HolderConnection | None:
+        """The connection to a running holder; None if none runs."""
+        if self._holder is None and self._is_holder_running():
+            self._holder, held = await HolderConnection.open(self._path, self._lost, timeout_s=START_S)
+            self._unreached_bytes = 0
+            if held is not None:
+                if self._held is not None:
+                    self._held.let_go()
+                self._held = held
+        return self._holder
+
+    async def _release_acked(self, target_bytes: int) -> Ranges:
+        ranges: Ranges = []
+        holder = await self._reach()
+        while holder is not None and (over_bytes := self.bytes - target_bytes) > 0:
+            answer = await holder.ask({"op": "release", "of": "acked", "bytes": over_bytes}, timeout_s=GIVE_S)
+            if not answer["bytes"]:
+                break
+            ranges = ranges + answer["ranges"]
+        return ranges
+
+    async def _release_held(self, cause: str) -> None:
+        """Give the chunk without an ack back; whoever may be about to punch it is told first."""
+        held = self._held
+        assert held is not None
+        left_bytes = self.bytes - held.bytes
+        self._events.publish(
+            "BALLAST_BALLOON",
+            {"cause": cause, "total-bytes": left_bytes, "chunk": held.id, "ranges": _merged(held.ranges)},
+        )
+        self._held = None
+        try:
+            if holder := await self._reach():
+                await holder.ask({"op": "release", "of": held.id, "bytes": held.bytes}, timeout_s=GIVE_S)
+        finally:
+            held.release()
+
+    def _leave_if_empty(self) -> None:
+        if self._holder is not None and not self._holder.total_bytes:
+            self._holder.close()
+            self._holder = None
+
+    # Anywhere.
+
+    def _lost(self, is_gone: bool) -> None:
+        """The holder is gone, and so is all that it held alone; or it only does not answer."""
+        assert self._holder is not None
+        before_bytes = self._holder.total_bytes
+        self._holder = None
+        self._unreached_bytes = 0 if is_gone else before_bytes
+        if is_gone and before_bytes:
+            self._gave_way_at_s = time.monotonic()
+            self.target_bytes = self.bytes
+            log.error("the balloon's holder is gone: the guest has %d bytes back", before_bytes - self.bytes)
+            self._tell("holder-lost")
+
+    def _tell(self, cause: str) -> None:
+        self._events.publish("BALLAST_BALLOON", {"cause": cause, "total-bytes": self.bytes})
+
+    def look(self) -> Readings:
+        """What decides how much can be taken or must be given back, read now."""
+        memory = psutil.virtual_memory()
+        zones = parse_zoneinfo(self._tree.read("proc/zoneinfo"))
+        return Readings(memory.total, memory.available, memory.free, zones, _PAGE_BYTES, self.bytes)
+
+    def _room_bytes(self) -> int:
+        if time.monotonic() < self._gave_way_at_s + HOLD_OFF_S:
+            return 0
+        return room_bytes(self.look())
+
+    def _is_holder_running(self) -> bool:
+        try:
+            return bool(self._tree.read(_HOLDER_CGROUP))
+        except OSError:
+            return False
+
+
+def _merged(ranges: Ranges) -> Ranges:
+    """Rising, and with neighbours made one."""
+    merged: Ranges = []
+    for address, bytes_ in sorted(ranges):
+        if merged and merged[-1][0] + merged[-1][1] == address:
+            merged[-1][1] += bytes_
+        else:
+            merged.append([address, bytes_])
+    return merged

@@ -5,6 +5,8 @@ PYTHON := /usr/bin/python3
 PYTEST := .venv/bin/python -m pytest
 VENV   := .venv/.complete
 DEBS   := dist/.complete
+# The same as another version, for trying upgrades and downgrades.
+NEXT   := dist/next/.complete
 
 .PHONY: help deps venv lint packages test test-unit test-kernel test-vm demo faults clean
 
@@ -21,7 +23,7 @@ lint: $(VENV) ## format, lint, types, imports, spelling, shell scripts, units
 
 packages: $(DEBS) ## Debian packages, into dist/
 
-test: $(VENV) $(DEBS) ## all three rooms of tests, and lint
+test: $(VENV) $(DEBS) $(NEXT) ## all three rooms of tests, and lint
 	$(PYTEST)
 
 test-unit: $(VENV) ## no root, seconds
@@ -30,7 +32,7 @@ test-unit: $(VENV) ## no root, seconds
 test-kernel: $(VENV) ## as root: real freezes, on loop devices
 	$(PYTEST) tests/kernel
 
-test-vm: $(VENV) $(DEBS) ## in guests under QEMU, with the packages installed
+test-vm: $(VENV) $(DEBS) $(NEXT) ## in guests under QEMU, with the packages installed
 	$(PYTEST) tests/vm
 
 demo: $(VENV) $(DEBS) ## a guest, live: pressure, hot-added memory, a consistent snapshot
@@ -49,6 +51,12 @@ $(VENV): pyproject.toml | deps
 	.venv/bin/pip install --quiet --disable-pip-version-check --editable '.[host,dev]'
 	touch $@
 
-$(DEBS): $(shell find agent units packaging docs/man -type f -not -name '*.pyc' -not -path '*.egg-info/*') | deps
+SOURCES := $(shell find agent units packaging docs/man -type f -not -name '*.pyc' -not -path '*.egg-info/*')
+
+$(DEBS): $(SOURCES) | deps
 	packaging/build
+	touch $@
+
+$(NEXT): $(SOURCES) | deps
+	packaging/build dist/next +next
 	touch $@

@@ -37,6 +37,11 @@ def lock_all_memory() -> None:
     _check(_libc.mlockall(MCL_CURRENT | MCL_FUTURE | MCL_ONFAULT), "mlockall")
 
 
+def lock_present_memory() -> None:
+    """The same for what is mapped now, and nothing that is mapped later. OSError."""
+    _check(_libc.mlockall(MCL_CURRENT | MCL_ONFAULT), "mlockall")
+
+
 def map_for_huge_pages(bytes_: int) -> int:
     """Reserve anonymous memory that is aligned to huge pages and asks for them; returns its address.
 

@@ -185,21 +185,24 @@ class Balloon:
         bytes_ = min(wanted_bytes, CHUNK_BYTES, self._room_bytes()) // GRAIN_BYTES * GRAIN_BYTES
         if bytes_ <= 0:
             return
-        if self._holder is None:
-            self._holder, self._held = await HolderConnection.open(self._path, self._lost, timeout_s=START_S)
+        holder = self._holder or await self._connect()
         if self._held is None:
-            self._held = await self._holder.take(bytes_, timeout_s=TAKE_S)
+            self._held = await holder.take(bytes_, timeout_s=TAKE_S)
         self._tell("inflate")
 
     async def _reach(self) -> HolderConnection | None:
         """The connection to a running holder; None if none runs."""
         if self._holder is None and self._is_holder_running():
-            self._holder, held = await HolderConnection.open(self._path, self._lost, timeout_s=START_S)
-            self._unreached_bytes = 0
-            if held is not None:
-                if self._held is not None:
-                    self._held.let_go()
-                self._held = held
+            return await self._connect()
+        return self._holder
+
+    async def _connect(self) -> HolderConnection:
+        self._holder, held = await HolderConnection.open(self._path, self._lost, timeout_s=START_S)
+        self._unreached_bytes = 0
+        if held is not None:
+            if self._held is not None:
+                self._held.let_go()
+            self._held = held
         return self._holder
 
     async def _release_acked(self, target_bytes: int) -> Ranges:
@@ -227,6 +230,7 @@ class Balloon:
                 await holder.ask({"op": "release", "of": held.id, "bytes": held.bytes}, timeout_s=GIVE_S)
         finally:
             held.release()
+        self.target_bytes = min(self.target_bytes, left_bytes)
 
     def _leave_if_empty(self) -> None:
         if self._holder is not None and not self._holder.total_bytes:

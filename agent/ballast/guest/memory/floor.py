@@ -39,6 +39,11 @@ def floor_bytes(total_bytes: int) -> int:
     return base_mib * _MIB + total_bytes // share
 
 
+def urgent_bytes(total_bytes: int) -> int:
+    """With less than this available the balloon gives way whether anything stalls or not."""
+    return floor_bytes(total_bytes) // 2
+
+
 def room_bytes(now: Readings) -> int:
     """How much more the balloon may take; 0 at a floor."""
     kernel_bytes = now.zones.kernel_pages * now.page_bytes

@@ -7,6 +7,7 @@ place of the old, whose end is only not heard yet. It leaves when it holds nothi
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -18,6 +19,7 @@ from typing import Any
 
 from systemd.daemon import listen_fds
 
+from ballast.guest.linux import mman
 from ballast.guest.linux.pagemap import Pagemap
 from ballast.guest.linux.pidfd import allow_tracer
 from ballast.guest.memory import holder_protocol as protocol
@@ -176,6 +178,9 @@ def main() -> int:
     if not fds:
         sys.stderr.write("ballast-balloon: no socket from systemd: it is started by ballast-balloon.socket\n")
         return 2
+    # Our own code and data only, and before anything is taken: it must answer when nothing else can be read any more.
+    with contextlib.suppress(OSError):
+        mman.lock_present_memory()
     # Stopping it is giving all of it back, which its end does by itself.
     signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -81,16 +81,20 @@ class Pressure:
         if theirs + len(DEFAULT_TRIGGERS if triggers is None else triggers) > self._max_triggers:
             raise Busy(f"more than {self._max_triggers} pressure triggers", limit=self._max_triggers)
         if triggers is None:
-            return self._watch_by_default(subscription, is_ours=False)
+            return self._arm_if_possible(DEFAULT_TRIGGERS, subscription, is_ours=False)
         return self._arm_all(triggers, subscription, is_ours=False)
 
-    def watch_for_us(self, subscription: Subscription) -> Callable[[], None]:
-        """Arm the default triggers for a part of the agent: peers cannot use these up. Never blocks, never raises."""
-        return self._watch_by_default(subscription, is_ours=True)
+    def watch_for_us(
+        self, subscription: Subscription, triggers: Sequence[PsiTrigger] = DEFAULT_TRIGGERS
+    ) -> Callable[[], None]:
+        """Arm triggers for a part of the agent: peers cannot use these up. Never blocks, never raises."""
+        return self._arm_if_possible(triggers, subscription, is_ours=True)
 
-    def _watch_by_default(self, subscription: Subscription, *, is_ours: bool) -> Callable[[], None]:
+    def _arm_if_possible(
+        self, triggers: Sequence[PsiTrigger], subscription: Subscription, *, is_ours: bool
+    ) -> Callable[[], None]:
         try:
-            return self._arm_all(DEFAULT_TRIGGERS, subscription, is_ours=is_ours)
+            return self._arm_all(triggers, subscription, is_ours=is_ours)
         except (NotSupported, KernelFailure) as error:
             log.warning("no pressure events for %s: %s", "ourselves" if is_ours else "a subscriber", error.desc)
             return lambda: None

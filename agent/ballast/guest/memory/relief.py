@@ -1,27 +1,36 @@
 """The balloon gives way by itself when memory becomes critical, before the kernel has to kill anybody.
 
-Triggers of the kernel's are armed while the balloon holds something; an empty one costs nothing. The system-wide
-figure cannot leave out the stalls that our own inflating makes, so for one window after it they are not acted on,
-unless there is next to nothing left.
+While it holds something, two things are watched; an empty one costs nothing. Triggers of the kernel's, quicker than
+those that tell the host: when every task stalls it is enough that memory is short, when some do next to nothing must
+be left, since a busy page cache stalls tasks too. And what is left, as often as it could have been used up since the
+last look: a program that only grows may meet the OOM killer before anything has stalled for long.
+
+The system-wide figure cannot leave out the stalls that our own inflating makes: for one second after it they are not
+acted on, unless next to nothing is left.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable
 
 from ballast.guest.events import Events, Subscription
 from ballast.guest.memory.balloon import Balloon
-from ballast.guest.memory.floor import floor_bytes, relief_bytes
+from ballast.guest.memory.floor import relief_bytes, urgent_bytes
 from ballast.guest.memory.pressure import Pressure
 from ballast.wire.errors import AgentError
 from ballast.wire.message import Event
+from ballast.wire.names import PsiTrigger
 
 log = logging.getLogger(__name__)
 
-OWN_STALL_S = 1.0  # one window of the triggers
+TRIGGERS = (PsiTrigger("some", 50_000, 500_000), PsiTrigger("full", 50_000, 500_000))
+OWN_STALL_S = 1.0
+GROWTH_BYTES_PER_S = 2 << 30  # no guest was seen to take new memory faster than twice this
+LOOK_MIN_S, LOOK_MAX_S = 0.1, 5.0
 
 
 class Relief:
@@ -32,6 +41,7 @@ class Relief:
         self._pressure = pressure
         self._events = events
         self._pressed = asyncio.Event()
+        self._all_stall = False
         self._inflated_at_s = float("-inf")
         self._disarm: Callable[[], None] = lambda: None
         self._is_armed = False
@@ -41,19 +51,30 @@ class Relief:
         self._events.subscribe(Subscription(frozenset({"BALLAST_BALLOON"}), self._hear))
         self._arm(wanted=self._balloon.bytes > 0)
         while True:
-            await self._pressed.wait()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._next_look_s()):
+                    await self._pressed.wait()
             self._pressed.clear()
+            all_stall, self._all_stall = self._all_stall, False
             try:
-                await self._relieve()
+                await self._relieve(all_stall=all_stall)
             except AgentError as error:
                 log.error("the balloon cannot give way: %s", error.desc)  # noqa: TRY400 - the reason says it all
 
-    async def _relieve(self) -> None:
+    def _next_look_s(self) -> float | None:
+        """When next to nothing could be left; None while there is nothing to give back."""
+        if not self._is_armed:
+            return None
+        now = self._balloon.look()
+        spare_bytes = now.available_bytes - urgent_bytes(now.total_bytes)
+        return min(max(spare_bytes / GROWTH_BYTES_PER_S, LOOK_MIN_S), LOOK_MAX_S)
+
+    async def _relieve(self, *, all_stall: bool) -> None:
         now = self._balloon.look()
         is_ours = time.monotonic() < self._inflated_at_s + OWN_STALL_S
-        is_urgent = now.available_bytes < floor_bytes(now.total_bytes) // 2
+        is_urgent = now.available_bytes < urgent_bytes(now.total_bytes)
         relief = relief_bytes(now)
-        if relief and (is_urgent or not is_ours):
+        if relief and (is_urgent or (all_stall and not is_ours)):
             result = await self._balloon.give_way(relief)
             log.warning(
                 "memory is short: the balloon gave %d bytes back, %d are left", result.bytes, result.total_bytes
@@ -63,9 +84,11 @@ class Relief:
         if event.data["cause"] == "inflate":
             self._inflated_at_s = time.monotonic()
         self._arm(wanted=event.data["total-bytes"] > 0)
+        self._pressed.set()  # for another time until the next look
         return True
 
-    def _press(self, _event: Event) -> bool:
+    def _press(self, event: Event) -> bool:
+        self._all_stall |= event.data["kind"] == "full"
         self._pressed.set()
         return True
 
@@ -74,6 +97,6 @@ class Relief:
             return
         self._is_armed = wanted
         if wanted:
-            self._disarm = self._pressure.watch_for_us(Subscription(frozenset(), self._press))
+            self._disarm = self._pressure.watch_for_us(Subscription(frozenset(), self._press), TRIGGERS)
         else:
             self._disarm()

@@ -46,6 +46,13 @@ class Transports:
 
 
 @dataclass(frozen=True, slots=True)
+class Dbus:
+    """[dbus]"""
+
+    enabled: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class Policy:
     """[policy]: with a list ``allow`` only its commands, without those of ``block``."""
 
@@ -86,6 +93,7 @@ class Config:
 
     agent: Agent = Agent()
     transports: Transports = Transports()
+    dbus: Dbus = Dbus()
     policy: Policy = Policy()
     limits: Limits = Limits()
     memory: Memory = Memory()

@@ -21,6 +21,7 @@ from typing import Any
 import psutil
 
 from ballast import __version__
+from ballast.guest.bus import Bus
 from ballast.guest.commands.agent import AgentCommands, Sources
 from ballast.guest.commands.memory import MemoryCommands
 from ballast.guest.commands.quiesce import QuiesceCommands
@@ -34,11 +35,13 @@ from ballast.guest.memory.balloon import Balloon
 from ballast.guest.memory.blocks import Blocks
 from ballast.guest.memory.holder_protocol import CHUNK_BYTES
 from ballast.guest.memory.hotplug import Hotplug
+from ballast.guest.memory.level import PressureLevel
 from ballast.guest.memory.pressure import Pressure
 from ballast.guest.memory.relief import Relief
 from ballast.guest.memory.status import MemoryFacts
 from ballast.guest.peer import Bounds, Peers
 from ballast.guest.quiesce.session import LEASE_MAX_MS, Quiesce
+from ballast.guest.service import dbus
 from ballast.guest.service.systemd import JournalHandler, feed_watchdog, passed_sockets, read_credential
 from ballast.guest.transports import unix, virtio_serial, vsock
 from ballast.wire import names
@@ -77,6 +80,11 @@ class Daemon:
         table.add(AgentCommands(table, events, sources, version=__version__, token=token, read_status=self.status))
         table.add(MemoryCommands(facts, blocks, self._balloon))
         table.add(QuiesceCommands(self._quiesce))
+        bus = Bus(dbus.NAME, is_frozen=lambda: self._quiesce.is_frozen)
+        self._dbus = dbus.Dbus(
+            bus, events, table.answer, version=__version__, balloon_bytes=lambda: self._balloon.bytes
+        )
+        self._level = PressureLevel(self._pressure, self._dbus.set_level)
         if table.unknown:
             raise ConfigError(config_path, "policy", f"no such commands: {', '.join(table.unknown)}")
 
@@ -109,6 +117,8 @@ class Daemon:
         async with asyncio.TaskGroup() as group:
             await self._balloon.recover()
             parts = [self._quiesce.run(), self._hotplug.run(), self._relief.run(), feed_watchdog(), *self._transports()]
+            if self._config.dbus.enabled:
+                parts += [self._dbus.run(), self._level.run()]
             tasks = [group.create_task(part) for part in parts]
             notify("READY=1")
             log.info("ballastd %s is ready", __version__)

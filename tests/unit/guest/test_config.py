@@ -13,7 +13,7 @@ from ballast.guest.config import Agent, Config, ConfigError, Limits, Policy, Tra
 @pytest.mark.parametrize(
     ("text", "key", "reason"),
     [
-        ("[agnet]", "agnet", "unknown table, expected one of agent, transports, policy, limits, memory, quiesce"),
+        ("[agnet]", "agnet", "unknown table, expected one of agent, transports, dbus, policy, limits, memory, quiesce"),
         ("log-level = 'info'", "log-level", "unknown table"),
         ("agent = 5", "agent", "expected a table"),
         ("[[agent]]", "agent", "expected a table"),

@@ -12,6 +12,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from typing import Any
 
 import psutil
 
@@ -33,6 +34,7 @@ GIVE_S = 30.0
 # After it gave way a host's loop may still be asking for more: what was asked for before is not given.
 HOLD_OFF_S = 10.0
 _PAGE_BYTES = 4096  # zoneinfo counts base pages
+_MOVED = "pages of the balloon have moved although they are pinned"
 _HOLDER_CGROUP = "sys/fs/cgroup/ballast.slice/ballast-balloon.service/cgroup.procs"
 
 
@@ -115,11 +117,7 @@ class Balloon:
             held = self._held
             if held is None or held.id != chunk:
                 raise NoSuchId(f"chunk {chunk} waits for no ack: it was given back, or was acknowledged")
-            try:
-                if holder := await self._reach():
-                    await holder.ask({"op": "ack", "chunk": chunk}, timeout_s=GIVE_S)
-            except HolderLost:
-                pass  # and with it all but this chunk
+            await self._ask({"op": "ack", "chunk": chunk})
             log.info("balloon chunk %d: the host has freed %d of %d bytes", chunk, punched_bytes, held.bytes)
             if self._holder is None:
                 await self._release_held("holder-lost")
@@ -161,19 +159,17 @@ class Balloon:
         """
         async with self._lock:
             ranges: Ranges = []
-            holder = await self._reach()
-            if holder is None and self._held is not None:
-                ranges = self._held.ranges
             after = 0
-            while holder is not None:
-                answer = await holder.ask({"op": "ranges", "after": after}, timeout_s=GIVE_S)
+            while answer := await self._ask({"op": "ranges", "after": after}):
                 if answer["moved"]:
                     self._has_moved = True
-                    raise KernelFailure("pages of the balloon have moved although they are pinned", operation="pin")
+                    raise KernelFailure(_MOVED, operation="pin")
                 if answer["chunk"] is None:
                     break
                 after, _bytes, chunk_ranges, _fd = answer["chunk"]
                 ranges = ranges + chunk_ranges
+            if self._holder is None and self._held is not None:
+                ranges = self._held.ranges
             return BalloonRanges(self._boot_id, self.generation, self.bytes, _merged(ranges))
 
     # With the lock held.
@@ -181,7 +177,7 @@ class Balloon:
     async def _take(self, wanted_bytes: int) -> None:
         """Take what is wanted, as far as it can be spared; nothing at a floor."""
         if self._has_moved:
-            raise KernelFailure("pages of the balloon have moved although they are pinned", operation="pin")
+            raise KernelFailure(_MOVED, operation="pin")
         bytes_ = min(wanted_bytes, CHUNK_BYTES, self._room_bytes()) // GRAIN_BYTES * GRAIN_BYTES
         if bytes_ <= 0:
             return
@@ -205,12 +201,19 @@ class Balloon:
             self._held = held
         return self._holder
 
+    async def _ask(self, message: dict[str, Any]) -> dict[str, Any] | None:
+        """Ask a running holder; None if there is none, or none any more: then all is given back but the held chunk."""
+        try:
+            holder = await self._reach()
+            return await holder.ask(message, timeout_s=GIVE_S) if holder else None
+        except HolderLost:
+            return None
+
     async def _release_acked(self, target_bytes: int) -> Ranges:
         ranges: Ranges = []
-        holder = await self._reach()
-        while holder is not None and (over_bytes := self.bytes - target_bytes) > 0:
-            answer = await holder.ask({"op": "release", "of": "acked", "bytes": over_bytes}, timeout_s=GIVE_S)
-            if not answer["bytes"]:
+        while (over_bytes := self.bytes - target_bytes) > 0:
+            answer = await self._ask({"op": "release", "of": "acked", "bytes": over_bytes})
+            if answer is None or not answer["bytes"]:
                 break
             ranges = ranges + answer["ranges"]
         return ranges
@@ -226,8 +229,7 @@ class Balloon:
         )
         self._held = None
         try:
-            if holder := await self._reach():
-                await holder.ask({"op": "release", "of": held.id, "bytes": held.bytes}, timeout_s=GIVE_S)
+            await self._ask({"op": "release", "of": held.id, "bytes": held.bytes})
         finally:
             held.release()
         self.target_bytes = min(self.target_bytes, left_bytes)

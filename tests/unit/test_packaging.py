@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import tomllib
 from pathlib import Path
+
+import pytest
 
 import ballast
 from ballast.guest.config import Config, read_config
@@ -34,6 +37,20 @@ def test_manual_shows_every_key_with_its_default() -> None:
     shipped = (ROOT / "packaging/agent.toml").read_text()
     defaults = re.findall(r"^#([a-z-]+) = (.*)$", shipped, flags=re.MULTILINE)
     assert [key for key, value in defaults if f"*{key}* = _{value}_" not in manual] == []
+
+
+@pytest.mark.parametrize(
+    ("unit", "answer"),
+    [("ballast-balloon.service", "0"), ("ballast-guard.service", "0"), ("ballast-agent.service", "")],
+)
+def test_needrestart_leaves_alone_what_holds_a_freeze_or_the_balloon(unit: str, answer: str) -> None:
+    # As needrestart reads the folder and then asks: the snippet sees its %nrconf.
+    script = """our %nrconf = (override_rc => { qr(^dbus) => 0 }); my ($conf, $rc) = @ARGV;
+        eval do { local (@ARGV, $/) = $conf; <> }; die $@ if $@;
+        foreach my $re (keys %{$nrconf{override_rc}}) { print $nrconf{override_rc}->{$re} if $rc =~ /$re/ }"""
+    conf = ROOT / "packaging/needrestart/ballast.conf"
+    said = subprocess.run(["perl", "-we", script, conf, unit], capture_output=True, text=True, check=True)
+    assert (said.stdout, said.stderr) == (answer, "")
 
 
 def _keys(path: Path) -> set[tuple[str, str]]:

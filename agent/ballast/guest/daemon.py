@@ -35,7 +35,9 @@ from ballast.guest.memory.balloon import Balloon
 from ballast.guest.memory.blocks import Blocks
 from ballast.guest.memory.holder_protocol import CHUNK_BYTES
 from ballast.guest.memory.hotplug import Hotplug
+from ballast.guest.memory.leaving import Leaving
 from ballast.guest.memory.level import PressureLevel
+from ballast.guest.memory.offline import Offline
 from ballast.guest.memory.pressure import Pressure
 from ballast.guest.memory.relief import Relief
 from ballast.guest.memory.status import MemoryFacts
@@ -67,8 +69,9 @@ class Daemon:
         self._quiesce = Quiesce(tree, events := Events(), config.quiesce)
         self._balloon = Balloon(tree, events, boot_id=self._boot_id)
         self._relief = Relief(self._balloon, self._pressure, events)
-        blocks = Blocks(tree)
-        self._hotplug = Hotplug(blocks, events, online=config.memory.online)
+        blocks = Blocks(tree, lambda: self._balloon.bytes)
+        leaving = Leaving()
+        self._hotplug = Hotplug(blocks, leaving, events, online=config.memory.online)
         facts = MemoryFacts(tree, self._pressure, blocks, self._balloon, boot_id=self._boot_id)
         policy = config.policy
         table = Table(is_frozen=lambda: self._quiesce.is_frozen, allow=policy.allow, block=policy.block)
@@ -78,7 +81,7 @@ class Daemon:
         sources = Sources(self._pressure.watch, facts.report_every)
         token = _read_token()
         table.add(AgentCommands(table, events, sources, version=__version__, token=token, read_status=self.status))
-        table.add(MemoryCommands(facts, blocks, self._balloon))
+        table.add(MemoryCommands(facts, blocks, Offline(tree, blocks, leaving), self._balloon))
         table.add(QuiesceCommands(self._quiesce))
         bus = Bus(dbus.NAME, is_frozen=lambda: self._quiesce.is_frozen)
         self._dbus = dbus.Dbus(

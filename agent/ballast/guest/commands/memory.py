@@ -11,10 +11,21 @@ from typing import Literal
 from ballast.guest.dispatch import command
 from ballast.guest.memory.balloon import Balloon
 from ballast.guest.memory.blocks import Blocks
+from ballast.guest.memory.offline import TIMEOUT_S, Offline
 from ballast.guest.memory.status import MemoryFacts
 from ballast.wire.errors import BadRequest
-from ballast.wire.names import BalloonDeflated, BalloonInflated, BalloonRanges, MemoryStatus, OnlineResult, Zone
+from ballast.wire.names import (
+    BalloonDeflated,
+    BalloonInflated,
+    BalloonRanges,
+    MemoryStatus,
+    OfflineResult,
+    OnlineResult,
+    Zone,
+)
 from ballast.wire.shape import Uint64
+
+_TIMEOUT_MAX_MS = 600_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +54,12 @@ class GuestMemoryBlockInfo:
 
 
 class MemoryCommands:
-    """Thin: the facts come from ``memory.status``, the hands are ``memory.blocks`` and ``memory.balloon``."""
+    """Thin: the facts come from ``memory.status``, the hands are ``memory.blocks``, ``.offline`` and ``.balloon``."""
 
-    def __init__(self, facts: MemoryFacts, blocks: Blocks, balloon: Balloon) -> None:
+    def __init__(self, facts: MemoryFacts, blocks: Blocks, offline: Offline, balloon: Balloon) -> None:
         self._facts = facts
         self._blocks = blocks
+        self._offline = offline
         self._balloon = balloon
 
     @command("ballast-memory-status", while_frozen=True)
@@ -65,13 +77,36 @@ class MemoryCommands:
     ) -> OnlineResult:
         """Bring offline blocks online: ``bytes`` of them, or those in ``blocks``, or all.
 
-        Never more than ``bytes``; auto picks the zone by the zone rule. Partial success is told block by block.
+        Never more than ``bytes``, and for that none that are leaving; auto picks the zone by the zone rule. Partial
+        success is told block by block.
         Errors: bad-argument, not-supported. Since 0.1.
         """
         if bytes is not None and blocks is not None:
             raise BadRequest("Parameter 'bytes' and parameter 'blocks' exclude each other", argument="bytes")
         _check_size("bytes", bytes or 0)
-        return await self._blocks.online(bytes_=bytes, indexes=blocks, zone=zone)
+        leaving = self._offline.leaving.indexes()
+        return await self._blocks.online(bytes_=bytes, indexes=blocks, zone=zone, spared=leaving)
+
+    @command("ballast-memory-offline", audited=True)
+    async def offline(
+        self,
+        *,
+        bytes: int | None = None,
+        blocks: list[int] | None = None,
+        dimm: int | None = None,
+        timeout_ms: int = round(1000 * TIMEOUT_S),
+    ) -> OfflineResult:
+        """Take offline: DIMMs of no more than ``bytes``, or ``blocks`` of DIMMs, or the one at ``dimm``.
+
+        A DIMM of which a block fails is online again as before. What is offline stays so for a minute, for the host to
+        unplug it. Errors: bad-argument, not-supported, busy (other blocks are under way all the time). Since 0.2.
+        """
+        if [bytes, blocks, dimm].count(None) != 2:
+            raise BadRequest("Exactly one of 'bytes', 'blocks' and 'dimm' is expected", argument="bytes")
+        _check_size("bytes", bytes or 0)
+        if not 1 <= timeout_ms <= _TIMEOUT_MAX_MS:
+            raise BadRequest(f"Parameter 'timeout-ms' expects 1 to {_TIMEOUT_MAX_MS}", argument="timeout-ms")
+        return await self._offline.take(bytes_=bytes, indexes=blocks, address=dimm, timeout_s=timeout_ms / 1000)
 
     @command("ballast-balloon-inflate", audited=True)
     async def balloon_inflate(self, *, target_bytes: int) -> BalloonInflated:

@@ -11,34 +11,24 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from ballast.guest.linux.tree import Tree
 from ballast.guest.linux.zones import parse_ram_ranges, parse_zoneinfo
+from ballast.guest.memory.floor import MOVABLE_RATIO
+from ballast.guest.memory.offline_child import take_offline
 from ballast.guest.threads import in_thread
 from ballast.wire.errors import BadRequest, KernelFailure, NotSupported
 from ballast.wire.names import BlockCounts, BlockResult, OnlineResult, Zone
 
 MEMORY = "sys/devices/system/memory"
-MOVABLE_RATIO = 3
 OFFLINE_S = 10.0
 _PAGE_BYTES = 4096  # zoneinfo counts base pages; x86 and the default on arm64
 
 QgaResult = Literal["success", "not-found", "operation-not-supported", "operation-failed"]
-
-# Offlining retries for ever while a page cannot be moved, and only a signal ends it: so a child does it. Its status
-# is the errno.
-_OFFLINE_PROGRAM = """
-import os, sys
-try:
-    os.write(os.open(sys.argv[1], os.O_WRONLY), b"offline")
-except OSError as error:
-    sys.exit(error.errno)
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +41,15 @@ class Block:
 
 
 class Blocks:
-    """The guest's memory blocks. Reading is quick; onlining takes milliseconds a block and goes to a thread."""
+    """The guest's memory blocks. Reading is quick; onlining takes milliseconds a block and goes to a thread.
 
-    def __init__(self, tree: Tree) -> None:
+    ``changing`` is held by whoever onlines or offlines blocks, from the first to the last of a request's.
+    """
+
+    def __init__(self, tree: Tree, balloon_bytes: Callable[[], int] = lambda: 0) -> None:
+        self.changing = asyncio.Lock()
         self._tree = tree
-        self._onlining = asyncio.Lock()
+        self._balloon_bytes = balloon_bytes
 
     def block_size_bytes(self) -> int:
         """Size of every block. NotSupported where the kernel has no memory hot-plug."""
@@ -68,7 +62,7 @@ class Blocks:
         """Every block, by rising index. NotSupported."""
         self.block_size_bytes()
         found = []
-        for index in self._indexes():
+        for index in self.indexes():
             try:
                 online = self._tree.read(f"{MEMORY}/memory{index}/state") == "online"
                 removable = self._tree.read(f"{MEMORY}/memory{index}/removable") == "1"
@@ -79,7 +73,7 @@ class Blocks:
 
     def offline_indexes(self) -> list[int]:
         """Blocks that are there and not online; none without memory hot-plug."""
-        return [index for index in self._indexes() if self._state(index) == "offline"]
+        return [index for index in self.indexes() if self.state(index) == "offline"]
 
     def counts(self) -> BlockCounts:
         """How many blocks there are of each kind; all zero without memory hot-plug."""
@@ -87,61 +81,61 @@ class Blocks:
             size_bytes = self.block_size_bytes()
         except NotSupported:
             return BlockCounts(0, 0, 0, 0)
-        states = {index: self._state(index) for index in self._indexes()}
+        states = {index: self.state(index) for index in self.indexes()}
         online = [index for index, state in states.items() if state == "online"]
-        movable = sum(1 for index in online if self._zone(index) == "movable")
+        movable = sum(1 for index in online if self.zone(index) == "movable")
         return BlockCounts(size_bytes, len(online), sum(1 for s in states.values() if s == "offline"), movable)
 
     async def online(
-        self, *, bytes_: int | None = None, indexes: Sequence[int] | None = None, zone: Zone = "auto"
+        self,
+        *,
+        bytes_: int | None = None,
+        indexes: Sequence[int] | None = None,
+        zone: Zone = "auto",
+        spared: Collection[int] = (),
     ) -> OnlineResult:
         """Bring blocks online: those in ``indexes``, or of the offline ones no more than ``bytes_``, or all.
 
-        One result a block; a block that fails does not stop the others. BadRequest for an unknown index.
+        ``bytes_`` takes none of ``spared``. One result a block; a block that fails does not stop the others.
+        BadRequest for an unknown index.
         """
         size_bytes = self.block_size_bytes()
         if indexes is None:
             indexes = self.offline_indexes()
             if bytes_ is not None:
-                indexes = indexes[: bytes_ // size_bytes]
-        unknown = [index for index in indexes if self._state(index) is None]
+                indexes = [index for index in indexes if index not in spared][: bytes_ // size_bytes]
+        unknown = [index for index in indexes if self.state(index) is None]
         if unknown:
             raise BadRequest(f"Parameter 'blocks' names no memory block: {unknown}", argument="blocks")
-        async with self._onlining:
+        async with self.changing:
             results = await in_thread(lambda: self._online_now(indexes, zone), name="memory-online")
         done = sum(1 for result in results if result.result == "done")
         return OnlineResult(done * size_bytes, results)
 
+    async def bring_back(self, zones: Mapping[int, Zone]) -> list[BlockResult]:
+        """Online each block in the zone given, for who holds ``changing``. One result a block."""
+        return await in_thread(
+            lambda: [self._online_one(index, zone) for index, zone in zones.items()], name="memory-online"
+        )
+
     async def set_state(self, index: int, *, online: bool) -> tuple[QgaResult, int | None]:
         """Bring one block online or offline, with QGA's answer: a result and an errno. Takes ``OFFLINE_S`` at most."""
-        state = self._state(index)
+        state = self.state(index)
         if state is None:
             return "not-found", errno.ENOENT
         if (state == "online") == online:
             return "success", None
         path = f"{MEMORY}/memory{index}/state"
-        if online:
-            # By the zone rule too: to a plain "online" the kernel answers with its own zone for the last blocks of a
-            # DIMM, which then cannot be unplugged any more.
-            async with self._onlining:
+        async with self.changing:
+            if online:
+                # By the zone rule too: to a plain "online" the kernel answers with its own zone for the last blocks
+                # of a DIMM, which then cannot be unplugged any more.
                 number = await in_thread(
                     lambda: self._write(path, f"online_{self._zone_for(self._dimm_of(index))}"), name="memory-online"
                 )
-        else:
-            number = await self._offline(path)
+            else:
+                number = await take_offline([self._tree.path(path)], OFFLINE_S)
         return ("operation-failed", number) if number else ("success", None)
-
-    async def _offline(self, path: str) -> int:
-        child = await asyncio.create_subprocess_exec(
-            sys.executable, "-I", "-S", "-c", _OFFLINE_PROGRAM, str(self._tree.path(path))
-        )
-        try:
-            async with asyncio.timeout(OFFLINE_S):
-                return await child.wait()
-        except TimeoutError:
-            child.kill()
-            await child.wait()
-            return errno.ETIMEDOUT
 
     def _online_now(self, indexes: Iterable[int], zone: Zone) -> list[BlockResult]:
         results = []
@@ -158,8 +152,8 @@ class Blocks:
         return results
 
     def _online_one(self, index: int, zone: Zone) -> BlockResult:
-        if self._state(index) == "online":
-            return BlockResult(index, self._zone(index), "already")
+        if self.state(index) == "online":
+            return BlockResult(index, self.zone(index), "already")
         started_s = time.monotonic()
         number = self._write(f"{MEMORY}/memory{index}/state", f"online_{zone}")
         if number:
@@ -176,7 +170,10 @@ class Blocks:
         return 0
 
     def _dimm_of(self, index: int) -> tuple[int, int]:
-        """The range (first byte, bytes) of RAM that was added in one piece with this block."""
+        """The range (first byte, bytes) of RAM that was added in one piece with this block.
+
+        Not ``read_dimms``: when the kernel tells of a new block, ACPI's device is not bound to it yet.
+        """
         size_bytes = self.block_size_bytes()
         address = index * size_bytes
         for first, range_bytes in parse_ram_ranges(self._tree.read("proc/iomem")):
@@ -189,17 +186,17 @@ class Blocks:
         first, dimm_bytes = dimm
         size_bytes = self.block_size_bytes()
         for index in range(first // size_bytes, (first + dimm_bytes) // size_bytes):
-            if self._state(index) == "online":
-                return "movable" if self._zone(index) == "movable" else "kernel"
+            if self.state(index) == "online":
+                return "movable" if self.zone(index) == "movable" else "kernel"
         try:
             zones = parse_zoneinfo(self._tree.read("proc/zoneinfo"))
         except OSError as error:
             raise KernelFailure.of("read", "/proc/zoneinfo", error) from error
         movable_bytes = zones.movable_pages * _PAGE_BYTES
-        kernel_bytes = zones.kernel_pages * _PAGE_BYTES
+        kernel_bytes = zones.kernel_pages * _PAGE_BYTES - self._balloon_bytes()
         return "movable" if movable_bytes + dimm_bytes <= MOVABLE_RATIO * kernel_bytes else "kernel"
 
-    def _zone(self, index: int) -> str:
+    def zone(self, index: int) -> Zone:
         """The zone that an online block is in: the one entry of its ``valid_zones``."""
         try:
             return (
@@ -208,13 +205,14 @@ class Blocks:
         except OSError:
             return "kernel"
 
-    def _state(self, index: int) -> str | None:
+    def state(self, index: int) -> str | None:
         """online, offline or going-offline; None if there is no such block."""
         try:
             return self._tree.read(f"{MEMORY}/memory{index}/state")
         except OSError:
             return None
 
-    def _indexes(self) -> list[int]:
+    def indexes(self) -> list[int]:
+        """Every block that there is, rising; none without memory hot-plug."""
         names = self._tree.names(MEMORY)
         return sorted(int(name[6:]) for name in names if name.startswith("memory") and name[6:].isdigit())

@@ -1,7 +1,7 @@
 """Brings hot-added memory online: what is offline at start, and then what uevents tell of.
 
 What somebody took offline on purpose stays so. The kernel tells of it ("offline"), and it is written down in /run for
-a restarted agent.
+a restarted agent. What was taken offline for the host stays so for as long as it is ``Leaving``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from pathlib import Path
 from ballast.guest.events import Events
 from ballast.guest.linux.uevents import Uevent
 from ballast.guest.memory.blocks import Blocks
+from ballast.guest.memory.leaving import Leaving
 from ballast.wire.errors import AgentError
+from ballast.wire.names import BlockResult
 
 log = logging.getLogger(__name__)
 
@@ -25,8 +27,11 @@ LEFT_OFFLINE_PATH = Path("/run/ballast/blocks.json")
 class Hotplug:
     """``run`` does the work; ``hear`` is told of each uevent of the memory subsystem, None if some were lost."""
 
-    def __init__(self, blocks: Blocks, events: Events, *, online: bool, path: Path = LEFT_OFFLINE_PATH) -> None:
+    def __init__(
+        self, blocks: Blocks, leaving: Leaving, events: Events, *, online: bool, path: Path = LEFT_OFFLINE_PATH
+    ) -> None:
         self._blocks = blocks
+        self._leaving = leaving
         self._events = events
         self._online = online
         self._path = path
@@ -37,16 +42,27 @@ class Hotplug:
     def hear(self, uevent: Uevent | None) -> None:
         """Take in one uevent; never blocks."""
         if uevent is None:
-            self._added |= set(self._blocks.offline_indexes()) - self._left_offline
+            self._look()
         elif uevent.name.startswith("memory") and uevent.name[6:].isdigit():
             self._take_in(uevent.action, int(uevent.name[6:]))
         if self._added:
             self._wake.set()
 
     async def run(self) -> None:
-        """Online what is offline, then whatever comes."""
+        """Online what is offline, then whatever comes, and what was to leave and did not."""
         self._left_offline = self._read_left_offline()
-        self._added |= set(self._blocks.offline_indexes()) - self._left_offline
+        self._look()
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._watch_added())
+            group.create_task(self._watch_leaving())
+
+    def _look(self) -> None:
+        """Take in what there is, by sysfs."""
+        offline = set(self._blocks.offline_indexes())
+        self._leaving.forget(set(self._leaving.indexes()) - offline)
+        self._added |= offline - self._left_offline - set(self._leaving.indexes())
+
+    async def _watch_added(self) -> None:
         while True:
             if self._added and self._online:
                 await self._online_added()
@@ -56,15 +72,31 @@ class Hotplug:
                 self._wake.clear()
                 await self._wake.wait()
 
+    async def _watch_leaving(self) -> None:
+        while True:
+            await self._leaving.wait_due()
+            async with self._blocks.changing:
+                due = self._leaving.due()
+                self._leaving.forget(due.keys() - set(self._blocks.offline_indexes()))
+                # Whatever the configuration says of hot-added memory: these were online before.
+                results = await self._blocks.bring_back(self._leaving.due())
+                self._leaving.renew(one.phys_index for one in results if one.result == "failed")
+                self._leaving.forget(one.phys_index for one in results if one.result != "failed")
+            self._tell("memory that did not leave", results)
+
     def _take_in(self, action: str, index: int) -> None:
         if action == "add":
             self._added.add(index)
         elif action == "remove":
             self._added.discard(index)
+            self._leaving.forget([index])
             self._leave(index, offline=False)
             self._events.publish("BALLAST_MEMORY_REMOVED", {"blocks": [{"phys-index": index}]})
-        elif action in ("online", "offline"):
-            self._leave(index, offline=action == "offline")
+        elif action == "online":
+            self._leaving.forget([index])
+            self._leave(index, offline=False)
+        elif action == "offline" and index not in self._leaving:
+            self._leave(index, offline=True)
 
     async def _online_added(self) -> None:
         indexes = sorted(self._added)
@@ -75,12 +107,15 @@ class Hotplug:
         except AgentError as error:
             log.warning("cannot bring hot-added memory online: %s", error.desc)
             return
-        failed = [block for block in result.blocks if block.result == "failed"]
-        for block in failed:
-            log.error("memory block %d stays offline: %s", block.phys_index, block.reason)
-        if result.blocks:
-            log.info("hot-added memory: %d bytes online, %d blocks failed", result.bytes, len(failed))
-            self._events.publish("BALLAST_MEMORY_ADDED", {"blocks": result.blocks})
+        self._tell("hot-added memory", result.blocks)
+
+    def _tell(self, what: str, results: list[BlockResult]) -> None:
+        failed = [one for one in results if one.result == "failed"]
+        for one in failed:
+            log.error("memory block %d stays offline: %s", one.phys_index, one.reason)
+        if results:
+            log.info("%s: %d blocks online, %d failed", what, len(results) - len(failed), len(failed))
+            self._events.publish("BALLAST_MEMORY_ADDED", {"blocks": results})
 
     def _leave(self, index: int, *, offline: bool) -> None:
         if (index in self._left_offline) == offline:

@@ -14,6 +14,8 @@ from ballast.guest.events import Events
 from ballast.guest.linux.tree import Tree
 from ballast.guest.memory.balloon import Balloon
 from ballast.guest.memory.blocks import MEMORY, Blocks
+from ballast.guest.memory.leaving import Leaving
+from ballast.guest.memory.offline import Offline
 from ballast.guest.memory.pressure import Pressure
 from ballast.guest.memory.status import MemoryFacts
 from ballast.wire.message import Failure, Reply
@@ -31,7 +33,8 @@ def make_table(tree: Tree) -> Table:
     table = Table(is_frozen=lambda: False)
     blocks, balloon = Blocks(tree), Balloon(tree, Events(), boot_id="b")
     facts = MemoryFacts(tree, Pressure(tree, max_triggers=1), blocks, balloon, boot_id="b")
-    table.add(MemoryCommands(facts, blocks, balloon))
+    offline = Offline(tree, blocks, Leaving(tree.path("leaving.json")))
+    table.add(MemoryCommands(facts, blocks, offline, balloon))
     return table
 
 
@@ -64,6 +67,43 @@ async def test_online_tells_of_each_block(recorded: Tree) -> None:
     done, already = said["blocks"]
     assert (done.pop("online-us") >= 0, done) == (True, {"phys-index": 34, "zone": "movable", "result": "done"})
     assert already == {"phys-index": 32, "zone": "movable", "result": "already"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "desc"),
+    [
+        ({}, "Exactly one of 'bytes', 'blocks' and 'dimm' is expected"),
+        ({"bytes": 1, "dimm": 0}, "Exactly one of 'bytes', 'blocks' and 'dimm' is expected"),
+        ({"bytes": 1, "blocks": []}, "Exactly one of 'bytes', 'blocks' and 'dimm' is expected"),
+        ({"bytes": -1}, "Parameter 'bytes' expects 0 or more"),
+        ({"bytes": 1, "timeout-ms": 0}, "Parameter 'timeout-ms' expects 1 to 600000"),
+        ({"bytes": 1, "timeout-ms": 600_001}, "Parameter 'timeout-ms' expects 1 to 600000"),
+        ({"blocks": [0]}, "Parameter 'blocks' names no block of a DIMM: [0]"),
+        ({"dimm": 1}, "Parameter 'dimm' is the first address of no DIMM: 0x1"),
+    ],
+)
+async def test_wrong_arguments_offline_nothing(recorded: Tree, arguments: dict[str, Any], desc: str) -> None:
+    assert await ask(recorded, "ballast-memory-offline", **arguments) == ("bad-argument", desc)
+    assert recorded.read(f"{MEMORY}/memory33/state") == "online"
+
+
+async def test_offline_tells_of_each_block_and_dimm(recorded: Tree) -> None:
+    said = await ask(recorded, "ballast-memory-offline", dimm=1 << 32)
+    assert said == {
+        "bytes": 256 << 20,
+        "blocks": [{"phys-index": index, "zone": "movable", "result": "done"} for index in (32, 33)],
+        "dimms": [{"address": 1 << 32, "bytes": 256 << 20, "offline": True}],
+    }
+
+
+async def test_what_is_leaving_comes_online_by_name_or_with_all_but_not_by_bytes(recorded: Tree) -> None:
+    await ask(recorded, "ballast-memory-offline", dimm=1 << 32)
+    said = await ask(recorded, "ballast-memory-online", bytes=1 << 30)
+    assert [one["phys-index"] for one in said["blocks"]] == [34, 35]
+    said = await ask(recorded, "ballast-memory-online", blocks=[33])
+    assert [one["phys-index"] for one in said["blocks"]] == [33]
+    said = await ask(recorded, "ballast-memory-online")
+    assert [one["phys-index"] for one in said["blocks"]] == [32]
 
 
 async def test_status_is_on_the_wire_what_the_protocol_says(recorded: Tree) -> None:

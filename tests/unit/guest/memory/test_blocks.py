@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ballast.guest.linux.tree import Tree
-from ballast.guest.memory.blocks import MEMORY, MOVABLE_RATIO, Block, Blocks
+from ballast.guest.memory.blocks import MEMORY, Block, Blocks
+from ballast.guest.memory.floor import MOVABLE_RATIO
 from ballast.wire.errors import BadRequest, NotSupported
 from ballast.wire.names import BlockCounts
 from tests.unit.guest.conftest import MakeTree
@@ -147,6 +148,13 @@ async def test_zone_rule(
     result = await Blocks(tree).online(indexes=[32])
     assert result.blocks[0].zone == zone
     assert states(tree, [32]) == [f"online_{zone}"]
+
+
+@pytest.mark.parametrize(("balloon_blocks", "zone"), [(0, "movable"), (2, "movable"), (3, "kernel"), (8, "kernel")])
+async def test_what_the_balloon_holds_is_not_the_kernel_s(make_tree: MakeTree, balloon_blocks: int, zone: str) -> None:
+    tree = make_tree(kernel(boot_blocks=8, dimms={32: ["offline"] * 18}))
+    result = await Blocks(tree, lambda: balloon_blocks * SIZE_BYTES).online(indexes=[32])
+    assert result.blocks[0].zone == zone
 
 
 @settings(max_examples=30)

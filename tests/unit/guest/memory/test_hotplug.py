@@ -16,6 +16,7 @@ from ballast.guest.linux.tree import Tree
 from ballast.guest.linux.uevents import Uevent
 from ballast.guest.memory.blocks import MEMORY, Blocks
 from ballast.guest.memory.hotplug import Hotplug
+from ballast.guest.memory.leaving import LEAVING_S, Leaving
 from ballast.wire.message import Event
 
 
@@ -25,6 +26,7 @@ class Guest:
     def __init__(self, tree: Tree, path: Path) -> None:
         self.tree = tree
         self.path = path
+        self.now_s = 1000.0
         self.heard: asyncio.Queue[Event] = asyncio.Queue()
         self.events = Events()
         self.events.subscribe(Subscription(frozenset({"BALLAST_MEMORY_ADDED", "BALLAST_MEMORY_REMOVED"}), self._take))
@@ -35,7 +37,8 @@ class Guest:
         return True
 
     def start(self, *, online: bool = True) -> Hotplug:
-        hotplug = Hotplug(Blocks(self.tree), self.events, online=online, path=self.path)
+        self.leaving = Leaving(self.path.with_name("leaving.json"), clock=lambda: self.now_s)
+        hotplug = Hotplug(Blocks(self.tree), self.leaving, self.events, online=online, path=self.path)
         self._tasks.append(asyncio.create_task(hotplug.run()))
         return hotplug
 
@@ -154,6 +157,72 @@ async def test_what_was_offline_on_purpose_and_is_plugged_anew_is_new(guest: Gue
     _, blocks = await guest.next_event()
     assert [block["phys-index"] for block in blocks] == [33]
     assert json.loads(guest.path.read_text()) == []
+
+
+def leave(guest: Guest, hotplug: Hotplug, *indexes: int) -> None:
+    """What a request to take these offline does, and what the kernel says of it."""
+    guest.leaving.begin(dict.fromkeys(indexes, "kernel"))
+    for index in indexes:
+        guest.set_state(index, "offline")
+        hotplug.hear(uevent("offline", index))
+
+
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("online", [False, True])
+async def test_what_is_leaving_stays_offline_for_its_minute_and_is_then_online_in_its_zone(
+    guest: Guest, *, online: bool, restart: bool
+) -> None:
+    hotplug = guest.start(online=True)
+    await guest.next_event()
+    leave(guest, hotplug, 32, 33)
+    guest.leaving.end([32, 33])
+    hotplug.hear(None)
+    if restart or not online:
+        await guest.close()
+        hotplug = guest.start(online=online)
+    await guest.settle()
+    assert (guest.state(32), guest.state(33), guest.heard.empty()) == ("offline", "offline", True)
+    assert guest.leaving.indexes() == [32, 33]
+    guest.now_s += LEAVING_S
+    guest.leaving.forget([])
+    guest.leaving.renew([])  # anything that makes it look at the clock
+    name, blocks = await guest.next_event()
+    assert name == "BALLAST_MEMORY_ADDED"
+    assert [(one["phys-index"], one["zone"], one["result"]) for one in blocks] == [
+        (32, "kernel", "done"),
+        (33, "kernel", "done"),
+    ]
+    assert guest.leaving.indexes() == []
+
+
+async def test_a_dimm_that_a_dead_agent_left_half_offline_is_online_at_once(guest: Guest) -> None:
+    hotplug = guest.start()
+    await guest.next_event()
+    leave(guest, hotplug, 32)
+    await guest.close()
+    guest.start()
+    _, blocks = await guest.next_event()
+    assert [(one["phys-index"], one["zone"]) for one in blocks] == [(32, "kernel")]
+
+
+@pytest.mark.parametrize("action", ["online", "remove"])
+async def test_what_is_online_or_gone_is_leaving_no_more(guest: Guest, action: str) -> None:
+    hotplug = guest.start()
+    await guest.next_event()
+    leave(guest, hotplug, 32)
+    guest.leaving.end([32])
+    hotplug.hear(uevent(action, 32))
+    assert guest.leaving.indexes() == []
+
+
+async def test_lost_uevents_make_it_forget_who_has_left(guest: Guest) -> None:
+    hotplug = guest.start()
+    await guest.next_event()
+    leave(guest, hotplug, 32, 33)
+    guest.leaving.end([32, 33])
+    guest.set_state(32, "online")
+    hotplug.hear(None)
+    assert guest.leaving.indexes() == [33]
 
 
 @pytest.mark.parametrize("content", ["", "garbage", "5", "{", "[[]]", "\udcff"])

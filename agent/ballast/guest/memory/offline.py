@@ -1,0 +1,152 @@
+"""Takes DIMMs offline, so that the host can unplug them: whole, or not at all.
+
+No page is given away and none is touched: the kernel moves what is in use elsewhere, and the host then takes the
+empty DIMM. If one block of a DIMM cannot be emptied, those before it come online again in the zone they were in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import time
+from collections.abc import Sequence
+
+import psutil
+
+from ballast.guest.linux.tree import Tree
+from ballast.guest.memory.blocks import MEMORY, Blocks
+from ballast.guest.memory.dimms import Dimm, read_dimms
+from ballast.guest.memory.floor import floor_bytes
+from ballast.guest.memory.leaving import Leaving
+from ballast.guest.memory.offline_child import take_offline
+from ballast.wire.errors import BadRequest, Busy
+from ballast.wire.names import BlockResult, DimmResult, OfflineResult, Zone
+
+TIMEOUT_S = 30.0
+_REASONS = {errno.ETIMEDOUT: "deadline", errno.ECHILD: "killed"}
+
+
+class Offline:
+    """One request at a time, and none while blocks are being brought online."""
+
+    def __init__(self, tree: Tree, blocks: Blocks, leaving: Leaving) -> None:
+        self._tree = tree
+        self._blocks = blocks
+        self._leaving = leaving
+
+    @property
+    def leaving(self) -> Leaving:
+        """The blocks that were taken offline and wait for the host."""
+        return self._leaving
+
+    async def take(
+        self,
+        *,
+        bytes_: int | None = None,
+        indexes: Sequence[int] | None = None,
+        address: int | None = None,
+        timeout_s: float = TIMEOUT_S,
+    ) -> OfflineResult:
+        """Take blocks offline: whole DIMMs of no more than ``bytes_``, or these blocks, or the DIMM at ``address``.
+
+        Partial success is told DIMM by DIMM. BadRequest for what is no DIMM or part of one; Busy if blocks are still
+        being brought online or offline when the time is over.
+        """
+        deadline_s = time.monotonic() + timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._blocks.changing.acquire()
+        except TimeoutError as error:
+            raise Busy("other memory blocks are being brought online or offline") from error
+        try:
+            chosen = self._choose(bytes_, indexes, address)
+            results = [one for wanted in chosen.values() for one in await self._take_dimm(wanted, deadline_s)]
+        finally:
+            self._blocks.changing.release()
+        done = sum(1 for one in results if one.result == "done")
+        return OfflineResult(done * self._size_bytes(), results, [self._result_of(dimm) for dimm in chosen])
+
+    def _choose(self, bytes_: int | None, indexes: Sequence[int] | None, address: int | None) -> dict[Dimm, list[int]]:
+        """The DIMMs to deal with, and which blocks of each."""
+        dimms = read_dimms(self._tree, self._blocks)
+        if indexes is not None:
+            unknown = sorted(set(indexes) - {index for dimm in dimms for index in dimm.indexes})
+            if unknown:
+                raise BadRequest(f"Parameter 'blocks' names no block of a DIMM: {unknown}", argument="blocks")
+            wanted = {dimm: [index for index in dimm.indexes if index in indexes] for dimm in dimms}
+            return {dimm: blocks for dimm, blocks in wanted.items() if blocks}
+        if address is not None:
+            chosen = [dimm for dimm in dimms if dimm.address == address]
+            if not chosen:
+                raise BadRequest(f"Parameter 'dimm' is the first address of no DIMM: {address:#x}", argument="dimm")
+        else:
+            chosen = self._fit(dimms, bytes_ or 0)
+        return {dimm: list(dimm.indexes) for dimm in chosen}
+
+    def _fit(self, dimms: list[Dimm], bytes_: int) -> list[Dimm]:
+        """Those that are offline already, so that a repeated request takes no more; then movable ones from the top."""
+        chosen = []
+        for dimm in sorted(dimms, key=self._reluctance):
+            dimm_bytes = len(dimm.indexes) * self._size_bytes()
+            if dimm_bytes <= bytes_:
+                chosen.append(dimm)
+                bytes_ -= dimm_bytes
+        return chosen
+
+    def _reluctance(self, dimm: Dimm) -> tuple[bool, bool, int]:
+        online = [index for index in dimm.indexes if self._is_online(index)]
+        return bool(online), any(self._blocks.zone(index) != "movable" for index in online), -dimm.address
+
+    async def _take_dimm(self, wanted: list[int], deadline_s: float) -> list[BlockResult]:
+        """Deal with those blocks of one DIMM, from the top: all of them offline, or all as before."""
+        zones = {index: self._blocks.zone(index) for index in reversed(wanted) if self._is_online(index)}
+        left = [index for index in wanted if index not in zones and index in self._leaving]
+        reason, back = "", dict[int, BlockResult]()
+        self._leaving.begin(zones)
+        try:
+            reason = await self._offline(zones, deadline_s)
+        finally:
+            still_online = [index for index in zones if self._is_online(index)]
+            if still_online:
+                undo = {index: zone for index, zone in zones.items() if index not in still_online}
+                back = {one.phys_index: one for one in await self._blocks.bring_back(undo)}
+                self._leaving.end(index for index, one in back.items() if one.result == "failed")
+            else:
+                self._leaving.end([*zones, *left])
+        reasons = dict.fromkeys(still_online, "not-tried") | dict.fromkeys(still_online[:1], reason)
+        reasons |= {index: "undone" if one.result != "failed" else "stays-offline" for index, one in back.items()}
+        return [self._result(index, zones, reasons) for index in wanted]
+
+    async def _offline(self, zones: dict[int, Zone], deadline_s: float) -> str:
+        """Try it; the reason why the first that is online then stays so."""
+        if not zones:
+            return ""
+        if not self._has_room(len(zones) * self._size_bytes()):
+            return "no-room"
+        paths = [self._tree.path(f"{MEMORY}/memory{index}/state") for index in zones]
+        number = await take_offline(paths, deadline_s - time.monotonic())
+        return _REASONS.get(number) or errno.errorcode.get(number, str(number))
+
+    def _has_room(self, going_bytes: int) -> bool:
+        """Whether the rest of memory has room for what is in use: without, the kernel would only drive all out."""
+        memory, swap = psutil.virtual_memory(), psutil.swap_memory()
+        left_bytes: int = memory.available + swap.free - going_bytes
+        return left_bytes >= floor_bytes(memory.total - going_bytes)
+
+    def _result(self, index: int, zones: dict[int, Zone], reasons: dict[int, str]) -> BlockResult:
+        if index in reasons:
+            return BlockResult(index, zones[index], "failed", reason=reasons[index])
+        if index in zones:
+            return BlockResult(index, zones[index], "done")
+        zone = self._leaving.zone(index) if index in self._leaving else self._blocks.zone(index)
+        return BlockResult(index, zone, "already")
+
+    def _result_of(self, dimm: Dimm) -> DimmResult:
+        offline = not any(self._is_online(index) for index in dimm.indexes)
+        return DimmResult(dimm.address, len(dimm.indexes) * self._size_bytes(), offline)
+
+    def _is_online(self, index: int) -> bool:
+        return self._blocks.state(index) not in ("offline", None)
+
+    def _size_bytes(self) -> int:
+        return self._blocks.block_size_bytes()

@@ -1,4 +1,4 @@
-"""One boot for many tests: a Debian 13 guest with the packages installed, shared by all of this room.
+"""One boot for many tests: a Debian 13 guest with the packages installed, and a Debian 12 one, for all of this room.
 
 A test leaves the guest as it found it: thawed, agent and guard running, nothing of its own behind.
 """
@@ -16,13 +16,14 @@ from tests.lab.guest import Guest
 from tests.lab.image import build
 
 DIST = Path(__file__).parents[2] / "dist"
+NEXT = DIST / "next"
 DISKS = (("ext4", 512 << 20), ("xfs", 512 << 20), ("btrfs", 512 << 20))
 TOKEN = secrets.token_hex(16)
 
 
-def packages() -> list[Path]:
-    """What goes into a guest, as `make packages` has built it."""
-    return [next(DIST.glob(f"{name}_*.deb")) for name in ("ballast-common", "ballast-agent")]
+def packages(folder: Path = DIST) -> list[Path]:
+    """What goes into a guest, as `make packages` has built it; in NEXT is the same as a later version."""
+    return [next(folder.glob(f"{name}_*.deb")) for name in ("ballast-common", "ballast-agent")]
 
 
 @contextmanager
@@ -38,6 +39,13 @@ def boot(suite: str) -> Iterator[Guest]:
 def guest() -> Iterator[Guest]:
     """The shared guest."""
     with boot("trixie") as booted:
+        yield booted
+
+
+@pytest.fixture(scope="session")
+def bookworm() -> Iterator[Guest]:
+    """The shared guest of the oldest Debian that we promise."""
+    with boot("bookworm") as booted:
         yield booted
 
 

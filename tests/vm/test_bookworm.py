@@ -4,26 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Iterator
 
 import pytest
 
 from ballast.host.agent import Agent
 from ballast.wire.names import PsiTrigger
 from tests.lab.guest import Guest
-from tests.vm.conftest import boot
 from tests.vm.raw import Raw
 
 DEADLINE_S = 60.0
 BLOCKS, BLOCK_BYTES = 4, 128 << 20
 MOUNTPOINTS = ["/", "/mnt/data0", "/mnt/data1", "/mnt/data2"]
 RESCUE = "setsid sh -c 'sleep 60; for m in {}; do fsfreeze -u $m; done' </dev/null >/dev/null 2>&1 & echo $!"
-
-
-@pytest.fixture(scope="module")
-def bookworm() -> Iterator[Guest]:
-    with boot("bookworm") as booted:
-        yield booted
 
 
 @pytest.fixture(scope="module")

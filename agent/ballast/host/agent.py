@@ -14,8 +14,12 @@ from ballast.host.qga import GuestInfo, MemoryBlock, MemoryBlockInfo, MemoryBloc
 from ballast.wire.errors import BadRequest
 from ballast.wire.names import (
     AgentStatus,
+    BalloonDeflated,
+    BalloonInflated,
+    BalloonRanges,
     DemandInterval,
     MemoryStatus,
+    OfflineResult,
     OnlineResult,
     PsiTrigger,
     QuiesceBegun,
@@ -32,6 +36,11 @@ T = TypeVar("T")
 FREEZE_TIMEOUT_S = 300.0
 THAW_TIMEOUT_S = 60.0
 ONLINE_TIMEOUT_S = 60.0
+# Beyond what the guest itself allows for it: each block its time-out, and each may be tried again.
+OFFLINE_TIMEOUT_S = 300.0
+# Compaction may have to find the pages; the guest gives up after a minute.
+INFLATE_TIMEOUT_S = 120.0
+DEFLATE_TIMEOUT_S = 60.0
 
 QuiesceLevel = Literal["application", "filesystem"]
 OnFailure = Literal["abort", "degrade"]
@@ -129,6 +138,45 @@ class Agent(Connection):
         return await self._ask(
             OnlineResult, "ballast-memory-online", timeout_s=timeout_s, bytes_=bytes_, blocks=blocks, zone=zone
         )
+
+    async def memory_offline(
+        self,
+        bytes_: int | None = None,
+        blocks: Sequence[int] | None = None,
+        dimm: int | None = None,
+        timeout_ms: int | None = None,
+        timeout_s: float = OFFLINE_TIMEOUT_S,
+    ) -> OfflineResult:
+        """Take memory offline: whole DIMMs of so many bytes, these blocks, or the DIMM at this address."""
+        return await self._ask(
+            OfflineResult,
+            "ballast-memory-offline",
+            timeout_s=timeout_s,
+            bytes_=bytes_,
+            blocks=blocks,
+            dimm=dimm,
+            timeout_ms=timeout_ms,
+        )
+
+    async def balloon_inflate(self, target_bytes: int, timeout_s: float = INFLATE_TIMEOUT_S) -> BalloonInflated:
+        """Take one chunk towards the target, or name again the one that waits for its ack."""
+        command = "ballast-balloon-inflate"
+        return await self._ask(BalloonInflated, command, timeout_s=timeout_s, target_bytes=target_bytes)
+
+    async def balloon_ack(self, chunk: int, punched_bytes: int, timeout_s: float = DEFLATE_TIMEOUT_S) -> None:
+        """Tell that the host has done with a chunk. NoSuchId if the guest has taken it back."""
+        await self._ask(
+            dict[str, Any], "ballast-balloon-ack", timeout_s=timeout_s, chunk=chunk, punched_bytes=punched_bytes
+        )
+
+    async def balloon_deflate(self, target_bytes: int, timeout_s: float = DEFLATE_TIMEOUT_S) -> BalloonDeflated:
+        """Give memory back to the guest until its balloon holds no more than the target."""
+        command = "ballast-balloon-deflate"
+        return await self._ask(BalloonDeflated, command, timeout_s=timeout_s, target_bytes=target_bytes)
+
+    async def balloon_ranges(self, timeout_s: float = DEFLATE_TIMEOUT_S) -> BalloonRanges:
+        """All that the balloon holds, each frame looked up by the guest's kernel now."""
+        return await self._ask(BalloonRanges, "ballast-balloon-ranges", timeout_s=timeout_s)
 
     # --- quiesce
 

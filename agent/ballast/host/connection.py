@@ -183,6 +183,16 @@ class Connection:
             self._events.get_nowait()
         self._events.put_nowait(event)
 
+    def take_events(self) -> list[Event]:
+        """Those that have come and that nobody took yet, without waiting; in place of ``events``."""
+        taken = []
+        while not self._events.empty():
+            if (event := self._events.get_nowait()) is None:
+                self._events.put_nowait(None)
+                break
+            taken.append(event)
+        return taken
+
     async def events(self) -> AsyncIterator[Event]:
         """Yield events as they come, those before the loss of the connection too; then PeerGone. One consumer."""
         while (event := await self._events.get()) is not None:

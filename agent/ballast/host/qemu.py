@@ -1,0 +1,143 @@
+"""A QEMU on this host: where the guest's memory is, proven in two ways, and whether it may be punched.
+
+Nothing is computed from a machine type. The flat view of QEMU's memory says which part of which memory region is at a
+guest-physical address; ``gpa2hva`` says where that is in QEMU's own address space, and the kernel's table of mappings
+which part of which file is there. All of it must agree with the list of RAM blocks and with the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import AsyncIterator, Collection, Sequence
+from typing import TYPE_CHECKING, Self
+
+from ballast.host import linux
+from ballast.host.hazards import check_hazards
+from ballast.host.linux import Mapping
+from ballast.host.machine import LOWEST_ADDRESS, MemoryMap, NotReclaimable, QmpFailed, Region
+from ballast.host.monitor import FlatRange, RamBlock, parse_flat_view, parse_host_address, parse_ram_blocks
+from ballast.host.qmp import Qmp
+
+if TYPE_CHECKING:
+    from qemu.qmp import EventListener
+
+# After any of these the guest's memory is no longer what the agent spoke of. Loading a snapshot is STOP and RESUME.
+_UPHEAVALS = ("RESET", "SHUTDOWN", "STOP", "RESUME", "GUEST_PANICKED")
+_LIBVIRT = ("libvirtd", "virtqemud")
+# Below it a lock is a buffer of a library's.
+_PINNED_BYTES = 16 << 20
+
+
+class Qemu:
+    """A running QEMU; made by ``connect``. It holds the files of the guest's memory open."""
+
+    def __init__(self, qmp: Qmp, safe_vhost_user: Collection[str], listener: EventListener) -> None:
+        self.qmp = qmp
+        self._safe_vhost_user = safe_vhost_user
+        self._listener = listener
+        self._fds: dict[tuple[int, int], int] = {}
+        self._seen = ("", "")
+        self._map = MemoryMap([])
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def connect(cls, qmp: str, safe_vhost_user: Collection[str] = ()) -> AsyncIterator[Self]:
+        """Connect to QEMU's own QMP socket, PATH or ``unix:PATH``. PeerGone, NoAnswer, NotReclaimable."""
+        async with Qmp.connect(qmp) as connection:
+            with connection.listening(_UPHEAVALS) as listener:
+                machine = cls(connection, safe_vhost_user, listener)
+                try:
+                    yield machine
+                finally:
+                    for fd in machine._fds.values():
+                        os.close(fd)
+
+    async def upheavals(self) -> list[str]:
+        """Whatever befell the guest's memory since this was last asked: names of QMP's events."""
+        await self.qmp.run("query-status")  # with its answer all events before it are here
+        return [str(event["event"]) for event in self._listener.clear()]
+
+    async def memory(self) -> MemoryMap:
+        """The guest's memory as it is now, if nothing speaks against punching it. NotReclaimable, QmpFailed."""
+        await check_hazards(self.qmp, self._safe_vhost_user)
+        self._check_process()
+        seen = (await self.qmp.ask_monitor("info mtree -f"), await self.qmp.ask_monitor("info ramblock"))
+        if seen != self._seen:
+            try:
+                self._map = await self._read_map(parse_flat_view(seen[0]), parse_ram_blocks(seen[1]))
+            except ValueError as error:
+                raise QmpFailed(f"cannot read what QEMU says of its memory: {error}") from error
+            self._seen = seen
+        return self._map
+
+    def _check_process(self) -> None:
+        pid = self.qmp.pid
+        try:
+            name = linux.process_name(pid)
+            pinned_bytes = linux.pinned_bytes(pid)
+        except OSError as error:
+            raise NotReclaimable(f"{self.qmp.path} was opened by process {pid}, which is not here any more") from error
+        if name in _LIBVIRT:
+            raise NotReclaimable(f"{self.qmp.path} is {name}'s: behind libvirt's back nothing is changed")
+        if pinned_bytes >= _PINNED_BYTES:
+            raise NotReclaimable(f"{name} has pinned {pinned_bytes >> 20} MiB: mem-lock=on, or a device's doing")
+
+    async def _read_map(self, ranges: Sequence[FlatRange], blocks: Sequence[RamBlock]) -> MemoryMap:
+        try:
+            mappings = linux.read_maps(self.qmp.pid)
+        except OSError as error:
+            raise NotReclaimable(f"cannot see the memory of process {self.qmp.pid}: {error.strerror}") from error
+        usable = [one for one in ranges if one.address + one.bytes > LOWEST_ADDRESS]
+        return MemoryMap([self._region(one, await self._host_address(one), blocks, mappings) for one in usable])
+
+    async def _host_address(self, one: FlatRange) -> int:
+        """Where a range begins in QEMU's own address space; asked for its first and last page."""
+        found = []
+        for address in (one.address, one.address + one.bytes - 1):
+            name, host_address = parse_host_address(await self.qmp.ask_monitor(f"gpa2hva {address:#x}"))
+            if name != one.region:
+                raise QmpFailed(f"QEMU has {one.region} at {address:#x}, and {name} too")
+            found.append(host_address)
+        if found[1] - found[0] != one.bytes - 1:
+            raise QmpFailed(f"{one.region} at {one.address:#x} is not in one piece")
+        return found[0]
+
+    def _region(
+        self, one: FlatRange, host_address: int, blocks: Sequence[RamBlock], mappings: Sequence[Mapping]
+    ) -> Region:
+        block = next((b for b in blocks if b.address + one.offset == host_address), None)
+        if block is None or one.offset + one.bytes > block.bytes:
+            raise QmpFailed(f"{one.region} at {one.address:#x} is in none of QEMU's RAM blocks")
+        mapping = next((m for m in mappings if m.start <= host_address < m.end), None)
+        if mapping is None:
+            raise NotReclaimable(
+                f"process {self.qmp.pid}, which opened {self.qmp.path}, is not QEMU: {block.name} is not in its memory"
+            )
+        if not mapping.is_shared:
+            raise NotReclaimable(
+                f"the memory {block.name} is private (share=off); it needs memory-backend-memfd,share=on"
+            )
+        if host_address + one.bytes > mapping.end:
+            raise QmpFailed(f"{block.name} is mapped in more than one piece")
+        if host_address - mapping.start + mapping.offset != one.offset:
+            raise QmpFailed(f"{block.name} does not begin where its file does")
+        return Region(one.address, one.bytes, self._open(mapping, block), one.offset, block.name)
+
+    def _open(self, mapping: Mapping, block: RamBlock) -> int:
+        key = (mapping.device, mapping.inode)
+        if key not in self._fds:
+            try:
+                self._fds[key] = linux.open_mapped(self.qmp.pid, mapping)
+            except OSError as error:
+                raise NotReclaimable(f"cannot open the memory {block.name}: {error.strerror}") from error
+        fd = self._fds[key]
+        about = os.fstat(fd)
+        if (about.st_dev, about.st_ino) != key or about.st_size < block.bytes:
+            raise QmpFailed(f"the file of {block.name} is not the one that is mapped")
+        if linux.filesystem_magic(fd) != linux.TMPFS_MAGIC:
+            raise NotReclaimable(
+                f"the memory {block.name} is a file on no tmpfs ({mapping.path}); it needs memory-backend-memfd "
+                "without huge pages of hugetlbfs, or a file in /dev/shm"
+            )
+        return fd

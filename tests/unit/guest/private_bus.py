@@ -108,19 +108,18 @@ class PrivateBus:
         """What changes, in the order in which the bus brings it."""
         process = await asyncio.create_subprocess_exec(
             *("busctl", f"--address=unix:path={self.path}", "--json=short", "monitor"),
-            f"--match=type='signal',interface='{PROPERTIES}',path='{PATH}'",
+            f"--match=path={PATH}",
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
         )
         changes: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-        assert process.stdout is not None
-        assert process.stderr is not None
-        await process.stderr.readline()  # "Monitoring bus message stream."
+        hears = asyncio.Event()
 
         async def read() -> None:
             assert process.stdout is not None
             while line := await process.stdout.readline():
+                hears.set()
                 message = json.loads(line)
                 if message.get("member") == "PropertiesChanged":
                     interface, changed, invalidated = message["payload"]["data"]
@@ -129,6 +128,8 @@ class PrivateBus:
 
         reading = asyncio.create_task(read())
         try:
+            while not hears.is_set():
+                await self.send(PATH, "org.freedesktop.DBus.Peer.Ping")
             yield changes
         finally:
             process.kill()

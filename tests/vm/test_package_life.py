@@ -45,7 +45,7 @@ def machine(request: pytest.FixtureRequest) -> Iterator[Guest]:
 
 @contextmanager
 def connected(machine: Guest) -> Iterator[Raw]:
-    with Raw(f"unix:{machine.vsock_path}?connect=640") as raw:
+    with Raw(f"unix:{machine.vsock_path}?connect=640", timeout_s=DPKG_TIMEOUT_S) as raw:
         assert raw.ask("ballast-authenticate", token=TOKEN) == {"return": {}}
         yield raw
 

@@ -84,7 +84,10 @@ async def test_a_bus_that_goes_is_found_again(tmp_path: Path, run: Run) -> None:
     [b"", b"REJECTED EXTERNAL\r\n", b"x" * (1 << 20), b"\r\n", b"OK", b"OK 0\r\n", b"OK 0\r\n" + b"\xff" * 64],
     ids=["nothing", "rejected", "endless", "empty", "half", "no-answer", "garbage"],
 )
-async def test_a_bus_that_is_none_is_left_and_tried_again(tmp_path: Path, run: Run, said: bytes) -> None:
+async def test_a_bus_that_is_none_is_left_and_tried_again(
+    tmp_path: Path, run: Run, caplog: pytest.LogCaptureFixture, said: bytes
+) -> None:
+    caplog.set_level(logging.INFO, "ballast")
     async with asyncio.timeout(DEADLINE_S), FakeBus(tmp_path / "bus") as fake:
         run(fake.path)
         for _ in range(2):
@@ -92,6 +95,15 @@ async def test_a_bus_that_is_none_is_left_and_tried_again(tmp_path: Path, run: R
             writer.write(said)
             writer.close()
         await fake.accept_and_name()
+    assert len(caplog.messages) == 1
+
+
+async def test_a_bus_that_lets_us_not_in_is_left_at_once(tmp_path: Path, run: Run) -> None:
+    async with asyncio.timeout(DEADLINE_S), FakeBus(tmp_path / "bus") as fake:
+        run(fake.path)
+        for _ in range(3):
+            _, writer = await fake.accept()
+            writer.write(b"REJECTED EXTERNAL\r\n")
 
 
 async def test_a_bus_that_says_nothing_is_given_up(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,10 +160,8 @@ async def test_a_bus_that_reads_too_slowly_is_left_before_much_waits_for_it(
         await fake.accept_and_name()
 
 
-async def test_no_more_calls_are_taken_in_than_the_bus_takes_answers(
-    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    answered = 0
+async def test_no_more_calls_are_taken_in_than_the_bus_takes_answers(tmp_path: Path, run: Run) -> None:
+    answered, called = 0, 3_000
 
     def handle(call: Call) -> None:
         nonlocal answered
@@ -159,11 +169,28 @@ async def test_no_more_calls_are_taken_in_than_the_bus_takes_answers(
 
     async with asyncio.timeout(DEADLINE_S), FakeBus(tmp_path / "bus") as fake:
         run(fake.path, handle)
+        reader, writer = await fake.accept_and_name()
+        writer.write(call("a.b", "C", "/") * called)
+        before = -1
+        while before != answered:
+            before = answered
+            for _ in range(100):
+                await asyncio.sleep(0)
+        assert 0 < answered < called
+        for _ in range(called):
+            await reader.readuntil(b"x" * 1000 + b"\0")
+        assert fake.connections.empty()
+
+
+async def test_a_bus_that_never_takes_the_answers_is_left(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with asyncio.timeout(DEADLINE_S), FakeBus(tmp_path / "bus") as fake:
+        run(fake.path, lambda call: call.answer("s", "x" * 1000))
         _, writer = await fake.accept_and_name()
         monkeypatch.setattr(bus_module, "ANSWER_S", 0.05)
-        writer.write(call("a.b", "C", "/") * 10_000)
+        writer.write(call("a.b", "C", "/") * 3_000)
         await fake.accept()
-    assert 0 < answered < 5_000
 
 
 async def test_strangers_leave_the_rest_of_the_agent_its_turn(tmp_path: Path, run: Run, calls: Calls) -> None:

@@ -67,6 +67,8 @@ async def test_a_lower_event_does_not_lower_it(followed: Followed) -> None:
     followed.average(50, 20)
     for level in ("critical", "medium", "critical", "medium"):
         followed.hear(level)
+    await asyncio.sleep(0.02)  # some looks
+    followed.hear("medium")
     assert followed.changes.get_nowait() == "critical"
     assert followed.changes.empty()
 

@@ -237,6 +237,20 @@ async def test_a_freeze_that_cannot_be_told_is_ended_since_nobody_knows_its_id(s
 
 
 @pytest.mark.usefixtures("_as_root")
+async def test_only_so_many_calls_are_at_work(shown: Shown) -> None:
+    shown.may_answer.clear()
+    shown.answers = [Failure(Busy("held"))] * 16
+    async with asyncio.TaskGroup() as calling:
+        waiting = [calling.create_task(shown.bus.send(PATH, f"{INTERFACE}.Thaw", "string:x")) for _ in range(17)]
+        async with asyncio.timeout(DEADLINE_S):
+            while not any(call.done() for call in waiting):  # noqa: ASYNC110
+                await asyncio.sleep(0)
+        shown.may_answer.set()
+    errors = sorted(call.result().err.split(":")[0] for call in waiting)
+    assert errors == ["Error org.ballast.Error.Busy"] * 16 + ["Error org.freedesktop.DBus.Error.LimitsExceeded"]
+
+
+@pytest.mark.usefixtures("_as_root")
 @pytest.mark.parametrize("lax", [False, True])
 async def test_only_root_freezes_whatever_the_policy_says(open_folder: Path, *, lax: bool) -> None:
     policy = POLICY.read_text()

@@ -36,8 +36,9 @@ T = TypeVar("T")
 FREEZE_TIMEOUT_S = 300.0
 THAW_TIMEOUT_S = 60.0
 ONLINE_TIMEOUT_S = 60.0
-# Beyond what the guest itself allows for it: each block its time-out, and each may be tried again.
-OFFLINE_TIMEOUT_S = 300.0
+# In the guest; and how much longer its answer may take, since what it gives up it first brings online again.
+OFFLINE_TIMEOUT_MS = 30_000
+OFFLINE_GRACE_S = 60.0
 # Compaction may have to find the pages; the guest gives up after a minute.
 INFLATE_TIMEOUT_S = 120.0
 DEFLATE_TIMEOUT_S = 60.0
@@ -145,18 +146,12 @@ class Agent(Connection):
         blocks: Sequence[int] | None = None,
         dimm: int | None = None,
         timeout_ms: int | None = None,
-        timeout_s: float = OFFLINE_TIMEOUT_S,
     ) -> OfflineResult:
-        """Take memory offline: whole DIMMs of so many bytes, these blocks, or the DIMM at this address."""
-        return await self._ask(
-            OfflineResult,
-            "ballast-memory-offline",
-            timeout_s=timeout_s,
-            bytes_=bytes_,
-            blocks=blocks,
-            dimm=dimm,
-            timeout_ms=timeout_ms,
-        )
+        """Take memory offline: DIMMs of no more than so many bytes, these blocks, or the DIMM at this address."""
+        timeout_ms = OFFLINE_TIMEOUT_MS if timeout_ms is None else timeout_ms
+        timeout_s = timeout_ms / 1000 + OFFLINE_GRACE_S
+        asked = {"bytes_": bytes_, "blocks": blocks, "dimm": dimm, "timeout_ms": timeout_ms}
+        return await self._ask(OfflineResult, "ballast-memory-offline", timeout_s=timeout_s, **asked)
 
     async def balloon_inflate(self, target_bytes: int, timeout_s: float = INFLATE_TIMEOUT_S) -> BalloonInflated:
         """Take one chunk towards the target, or name again the one that waits for its ack."""

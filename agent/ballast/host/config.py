@@ -4,6 +4,7 @@
     [vm.web1]
     agent = "vsock:42"
     qmp = "unix:/run/web1/qmp"
+    safe-vhost-user = ["fs0"]
     token-file = "/etc/ballast/tokens/web1"
 
 A wrong key or value is an error with file, key and reason: a host that guesses freezes the wrong guest.
@@ -34,12 +35,16 @@ class ConfigError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Vm:
-    """``[vm.NAME]``: connect strings of the agent and of QMP, libvirt's "URI/DOMAIN", and the file of the token."""
+    """``[vm.NAME]``: connect strings of the agent and of QMP, libvirt's "URI/DOMAIN", and the file of the token.
+
+    ``safe_vhost_user`` are ids of vhost-user devices whose processes have pinned none of the guest's memory.
+    """
 
     agent: str | None = None
     qmp: str | None = None
     libvirt: str | None = None
     token_file: Path | None = None
+    safe_vhost_user: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,16 +55,20 @@ class Route:
     token: str | None = None
 
 
-def find_route(target: str, config: Path = PATH, token_file: Path | None = None) -> Route:
-    """Make a route of a connect string, or of the name of a VM in ``config``; ``token_file`` wins over the VM's.
+def find_vm(target: str, config: Path = PATH) -> Vm:
+    """What there is to know of a connect string, or of the name of a VM in ``config``.
 
     ValueError for a bad connect string, ConfigError.
     """
     if target.startswith(_SCHEMES):
         parse_target(target)
-        vm = Vm(agent=target)
-    else:
-        vm = _find_vm(target, config)
+        return Vm(agent=target)
+    return _find_vm(target, config)
+
+
+def find_route(target: str, config: Path = PATH, token_file: Path | None = None) -> Route:
+    """Make a route of a target; ``token_file`` wins over the VM's. ValueError, ConfigError."""
+    vm = find_vm(target, config)
     if vm.agent is None:
         raise ConfigError(config, f"vm.{target}", 'no agent = "..." here, so there is no way to reach its agent')
     token_file = token_file or vm.token_file
@@ -102,15 +111,19 @@ def _read_vm(path: Path, name: str, values: Any) -> Vm:
     for key, value in values.items():
         if key not in known:
             raise ConfigError(path, f"{where}.{key}", f"unknown key, expected one of {', '.join(known)}")
-        if not isinstance(value, str) or not value:
+        if key == "safe-vhost-user":
+            if not isinstance(value, list) or not all(isinstance(one, str) and one for one in value):
+                raise ConfigError(path, f"{where}.{key}", f"expected a list of strings, found {value!r}")
+        elif not isinstance(value, str) or not value:
             raise ConfigError(path, f"{where}.{key}", f"expected a string, found {value!r}")
     if "agent" in values:
         try:
             parse_target(values["agent"])
         except ValueError as error:
             raise ConfigError(path, f"{where}.agent", str(error)) from error
-    strings = {known[key]: value for key, value in values.items() if key != "token-file"}
-    return Vm(**strings, token_file=Path(values["token-file"]) if "token-file" in values else None)
+    strings = {known[key]: value for key, value in values.items() if key not in ("token-file", "safe-vhost-user")}
+    token_file = Path(values["token-file"]) if "token-file" in values else None
+    return Vm(**strings, token_file=token_file, safe_vhost_user=tuple(values.get("safe-vhost-user", ())))
 
 
 def read_token(path: Path) -> str:

@@ -19,7 +19,7 @@ Held = Sequence[Sequence[int]]  # as Ranges
 
 
 class NotReclaimable(AgentError):
-    """Memory of this machine cannot be given back without risk; the text names what stands in the way."""
+    """Memory of this machine is not to be changed from here; the text names what stands in the way."""
 
 
 class WrongRanges(NotReclaimable):

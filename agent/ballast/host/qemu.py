@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 # After any of these the guest's memory is no longer what the agent spoke of. Loading a snapshot is STOP and RESUME.
 _UPHEAVALS = ("RESET", "SHUTDOWN", "STOP", "RESUME", "GUEST_PANICKED")
-_LIBVIRT = ("libvirtd", "virtqemud")
 # Below it a lock is a buffer of a library's.
 _PINNED_BYTES = 16 << 20
 
@@ -61,7 +60,7 @@ class Qemu:
     async def memory(self) -> MemoryMap:
         """The guest's memory as it is now, if nothing speaks against punching it. NotReclaimable, QmpFailed."""
         await check_hazards(self.qmp, self._safe_vhost_user)
-        self._check_process()
+        self._check_pins()
         seen = (await self.qmp.ask_monitor("info mtree -f"), await self.qmp.ask_monitor("info ramblock"))
         if seen != self._seen:
             try:
@@ -71,17 +70,13 @@ class Qemu:
             self._seen = seen
         return self._map
 
-    def _check_process(self) -> None:
-        pid = self.qmp.pid
+    def _check_pins(self) -> None:
         try:
-            name = linux.process_name(pid)
-            pinned_bytes = linux.pinned_bytes(pid)
+            pinned_bytes = linux.pinned_bytes(self.qmp.pid)
         except OSError as error:
-            raise NotReclaimable(f"{self.qmp.path} was opened by process {pid}, which is not here any more") from error
-        if name in _LIBVIRT:
-            raise NotReclaimable(f"{self.qmp.path} is {name}'s: behind libvirt's back nothing is changed")
+            raise NotReclaimable(f"cannot see process {self.qmp.pid}: {error.strerror}") from error
         if pinned_bytes >= _PINNED_BYTES:
-            raise NotReclaimable(f"{name} has pinned {pinned_bytes >> 20} MiB: mem-lock=on, or a device's doing")
+            raise NotReclaimable(f"QEMU has pinned {pinned_bytes >> 20} MiB: mem-lock=on, or a device's doing")
 
     async def _read_map(self, ranges: Sequence[FlatRange], blocks: Sequence[RamBlock]) -> MemoryMap:
         try:

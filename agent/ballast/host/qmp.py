@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 ANSWER_TIMEOUT_S = 30.0  # QEMU's main loop can be busy
 CONNECT_TIMEOUT_S = 10.0
 _CLOSE_TIMEOUT_S = 5.0
+_LIBVIRT = ("libvirtd", "virtqemud")
 
 
 class Qmp:
@@ -60,6 +61,7 @@ class Qmp:
                 raise PeerGone(f"{path}: no QMP: {error}") from error
             raise
         try:
+            _check_owner(path, pid)
             yield cls(path, pid, client)
         finally:
             with contextlib.suppress(QMPError, EOFError, OSError):
@@ -91,3 +93,13 @@ class Qmp:
     def listening(self, names: Sequence[str]) -> AbstractContextManager[EventListener]:
         """Keep events of these names, in order with the answers: what came before an answer is there with it."""
         return self._client.listener(list(names))
+
+
+def _check_owner(path: str, pid: int) -> None:
+    """Refuse a socket that libvirt opened for its QEMU; any other stranger is found out by its memory."""
+    try:
+        name = linux.process_name(pid)
+    except OSError as error:
+        raise NotReclaimable(f"{path} was opened by process {pid}, which is not here any more") from error
+    if name in _LIBVIRT:
+        raise NotReclaimable(f"{path} is {name}'s: nothing is changed behind libvirt's back")

@@ -85,9 +85,10 @@ class Reclaim:
     """The balloon of one guest: ``begin``, then ``inflate``, ``locate``, ``release`` and ``ack`` for each chunk.
 
     It takes the events of its connection to the agent. ``give_back`` ends a chunk that is not to be punched.
+    Without a machine nothing is punched: the guest has less, and the host no more.
     """
 
-    def __init__(self, agent: Agent, machine: Qemu) -> None:
+    def __init__(self, agent: Agent, machine: Qemu | None) -> None:
         self._agent = agent
         self._machine = machine
         self._boot_id = ""
@@ -99,16 +100,20 @@ class Reclaim:
         await self._agent.subscribe(["BALLAST_BALLOON"])
         about = await self._agent.status()
         self._boot_id, self._chunk_bytes = about.boot_id, about.limits.chunk_bytes
-        await self._machine.memory()
+        if self._machine is not None:
+            await self._machine.memory()
 
     async def inflate(self, target_bytes: int) -> BalloonInflated:
         """Have the guest take a chunk towards the target, or name again the one that waits for its ack. GaveWay."""
         self._take_events()
-        await self._machine.upheavals()
+        if self._machine is not None:
+            await self._machine.upheavals()
         return await self._agent.balloon_inflate(target_bytes)
 
     async def locate(self, reply: BalloonInflated) -> list[Piece]:
         """Where a chunk is on this host, if all still is as when the guest named it. ChunkVoid, NotReclaimable."""
+        if self._machine is None:
+            return []
         pieces = (await self._machine.memory()).locate(reply.ranges, self._given)
         bytes_ = sum(piece.bytes for piece in pieces)
         if bytes_ != reply.bytes or bytes_ > self._chunk_bytes:

@@ -9,10 +9,11 @@ import asyncio
 import contextlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO
 
+from ballast.host.quantity import format_size
 from ballast.wire.shape import to_wire
 
 PATIENCE_S = 2.0
@@ -101,7 +102,43 @@ def _style(cell: str) -> str:
 
 
 @contextlib.contextmanager
-def progress(what: str) -> Iterator[None]:
+def progress_bar(what: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr, if it takes its time; elsewhere than on a terminal a line now and then. Yields ``advance``."""
+    done_bytes = 0
+
+    def tell() -> str:
+        return f"{what}, {format_size(done_bytes)} of {format_size(total_bytes)}"
+
+    def advance(bytes_: int) -> None:
+        nonlocal done_bytes
+        done_bytes += bytes_
+
+    if sys.stderr.isatty():
+        with _rich_bar(what, total_bytes) as advance_bar:
+            yield advance_bar
+    else:
+        with progress(tell):
+            yield advance
+
+
+@contextlib.contextmanager
+def _rich_bar(what: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(printable(what)), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    task = bar.add_task(what, total=total_bytes)
+    timer = asyncio.get_running_loop().call_later(PATIENCE_S, bar.start)
+    try:
+        yield lambda bytes_: bar.advance(task, bytes_)
+    finally:
+        timer.cancel()
+        bar.stop()
+
+
+@contextlib.contextmanager
+def progress(what: str | Callable[[], str]) -> Iterator[None]:
     """Say on stderr that ``what`` takes its time, if it does."""
     loop = asyncio.get_running_loop()
     started_s = loop.time()
@@ -109,7 +146,8 @@ def progress(what: str) -> Iterator[None]:
 
     def tell() -> None:
         nonlocal timer
-        say(f"{what}, {loop.time() - started_s:.0f} s so far")
+        text = what if isinstance(what, str) else what()
+        say(f"{text}, {loop.time() - started_s:.0f} s so far")
         timer = loop.call_later(_REPEAT_S, tell)
 
     timer = loop.call_later(PATIENCE_S, tell)

@@ -15,6 +15,7 @@ from typing import Any
 from ballast.host import view
 from ballast.host.agent import Agent
 from ballast.host.connect import PeerGone
+from ballast.host.machine import NotReclaimable
 from ballast.host.show import Table, progress, put_json, put_line, put_tables, say
 from ballast.host.window import FreezePlan, FrozenWindow
 from ballast.wire.errors import (
@@ -53,7 +54,7 @@ class Exit(IntEnum):
         """Tell what a caller can do about ``error``."""
         kinds: list[tuple[Exit, tuple[type[AgentError], ...]]] = [
             (cls.UNREACHABLE, (PeerGone,)),
-            (cls.REFUSED, (Unauthenticated, Refused, Frozen, Busy, StaleEpoch)),
+            (cls.REFUSED, (Unauthenticated, Refused, Frozen, Busy, StaleEpoch, NotReclaimable)),
             (cls.NOT_HELD, (LeaseExpired,)),
             (cls.USAGE, (BadRequest,)),
         ]

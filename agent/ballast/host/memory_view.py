@@ -1,0 +1,74 @@
+"""Records about more and less memory -> tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ballast.host.balloon import Outcome
+from ballast.host.dimms import Dimm, Removal
+from ballast.host.quantity import format_ms, format_size
+from ballast.host.show import Table
+from ballast.wire.names import BalloonRanges, OfflineResult, OnlineResult
+
+_STOPPED = {
+    "done": "at the target",
+    "floor": "at the guest's floor: it gives no more now",
+    "gave-way": "the guest needs its memory",
+    "interrupted": "interrupted, between two chunks",
+    "failed": "failed",
+}
+
+
+def balloon_table(outcome: Outcome) -> Table:
+    """How ``balloon set`` ended."""
+    rows = [
+        ("balloon", f"{format_size(outcome.total_bytes)} of {format_size(outcome.target_bytes)}"),
+        ("ended", _STOPPED[outcome.stopped]),
+    ]
+    if outcome.reason:
+        rows.append(("because", outcome.reason))
+    if outcome.given_back_bytes:
+        rows.append(("given back to the guest", format_size(outcome.given_back_bytes)))
+    if outcome.chunks:
+        rows.append(("taken from the guest", f"{format_size(outcome.taken_bytes)} in {outcome.chunks} chunks"))
+        rows.append(("punched", format_size(outcome.punched_bytes)))
+        rows.append(("freed on the host, measured", format_size(outcome.freed_bytes)))
+    if outcome.not_zero_bytes:
+        rows.append(("not zero, left alone", format_size(outcome.not_zero_bytes)))
+    return Table("balloon", rows)
+
+
+def ranges_table(ranges: BalloonRanges, target_bytes: int) -> Table:
+    """What the balloon holds, and where."""
+    title = f"balloon: {format_size(ranges.total_bytes)} of {format_size(target_bytes)} wanted, all frames in place"
+    return Table(title, [(f"{a:#x}", format_size(n)) for a, n in ranges.ranges], ("ADDRESS", "SIZE"))
+
+
+def added_tables(dimm: Dimm, online: OnlineResult) -> list[Table]:
+    """A DIMM that was plugged in, and where its blocks went."""
+    zones = sorted({one.zone for one in online.blocks})
+    took_ms = sum(one.online_us or 0 for one in online.blocks) / 1000
+    rows = [
+        ("address", f"{dimm.address:#x}"),
+        ("blocks", f"{len(online.blocks)} online"),
+        ("zone", ", ".join(zones)),
+    ]
+    return [
+        Table(f"{dimm.id}: {format_size(dimm.bytes)} added", rows + ([("took", format_ms(took_ms))] * bool(took_ms)))
+    ]
+
+
+def removals_table(removed_bytes: int, removals: Sequence[Removal]) -> Table:
+    """What became of DIMMs that were to come off."""
+    rows = [(one.id, f"{one.address:#x}", format_size(one.bytes), one.result, one.reason or "") for one in removals]
+    return Table(f"{format_size(removed_bytes)} removed", rows, ("DIMM", "ADDRESS", "SIZE", "RESULT", "REASON"))
+
+
+def offline_tables(result: OfflineResult) -> list[Table]:
+    """What became of memory blocks, and which DIMMs can be unplugged."""
+    blocks = [(str(one.phys_index), one.zone, one.result, one.reason or "") for one in result.blocks]
+    dimms = [(f"{one.address:#x}", format_size(one.bytes), "yes" if one.offline else "no") for one in result.dimms]
+    return [
+        Table(f"{format_size(result.bytes)} taken offline", blocks, ("BLOCK", "ZONE", "RESULT", "REASON")),
+        Table("DIMMs", dimms, ("ADDRESS", "SIZE", "CAN BE UNPLUGGED")),
+    ]

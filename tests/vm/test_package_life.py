@@ -152,10 +152,11 @@ def test_after_removal_and_purge_nothing_is_left(machine: Guest) -> None:
             f"systemctl kill --signal=KILL {GUARD}; until systemctl --quiet is-failed {GUARD}; do sleep 0.1; done"
         )
     inflate(machine, CHUNK_BYTES, acked=True)
+    waiting = inflate(machine, 2 * CHUNK_BYTES, acked=False)
     with connected(machine) as raw:
         raw.ask("ballast-subscribe", events=["BALLAST_BALLOON"])
         with dpkg_running(machine, "--remove", "ballast-agent"):
-            wait_for_event(raw, "BALLAST_BALLOON", **{"total-bytes": 0})
+            wait_for_event(raw, "BALLAST_BALLOON", **{"total-bytes": 0, "chunk": waiting["chunk"]})
     assert machine.run("systemctl list-units --no-legend 'ballast*'").stdout == ""
     assert machine.get(ADMINS_FILE)
     dpkg(machine, "--purge", "ballast-agent", "ballast-common")

@@ -128,6 +128,7 @@ class Daemon:
             await stop.wait()
             notify("STOPPING=1")
             await self._quiesce.close()
+            await self._balloon.close()
             for task in tasks:
                 task.cancel()
 

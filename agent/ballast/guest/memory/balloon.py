@@ -9,6 +9,7 @@ death frees what the host is about to punch.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -171,6 +172,15 @@ class Balloon:
             if self._holder is None and self._held is not None:
                 ranges = self._held.ranges
             return BalloonRanges(self._boot_id, self.generation, self.bytes, _merged(ranges))
+
+    async def close(self) -> None:
+        """Before the agent leaves: give back the chunk that after it nobody would hold, since the holder is gone."""
+        if self._is_holder_running():
+            return
+        async with self._lock:
+            if self._held is not None:
+                with contextlib.suppress(AgentError):  # that its holder is gone we know, heard of or not
+                    await self._release_held("holder-lost")
 
     # With the lock held.
 

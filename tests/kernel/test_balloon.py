@@ -333,6 +333,20 @@ async def test_a_holder_that_does_not_answer_is_given_up_and_found_again(
     await balloon.ack(taken.chunk, 0)
 
 
+async def test_one_that_was_given_up_and_then_died_holds_nothing(
+    balloon: Balloon, holders: Holders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = await balloon.inflate(GRAIN_BYTES)
+    assert taken.chunk is not None
+    await balloon.ack(taken.chunk, 0)
+    holders._processes[-1].send_signal(signal.SIGSTOP)
+    monkeypatch.setattr(balloon_module, "GIVE_S", 0.3)
+    with pytest.raises(DeadlineExceeded):
+        await balloon.ranges()
+    holders.kill()
+    assert (await balloon.ranges()).total_bytes == balloon.bytes == 0
+
+
 @pytest.mark.parametrize("line", [b"garbage", b"[]", b"{}", b'{"op":"destroy"}', b'{"op":"take","bytes":1}'])
 async def test_a_client_that_talks_nonsense_is_hung_up_and_takes_nothing_along(
     balloon: Balloon, holders: Holders, line: bytes

@@ -200,6 +200,7 @@ class Balloon:
         """The connection to a running holder; None if none runs."""
         if self._holder is None and self._is_holder_running():
             return await self._connect()
+        self._unreached_bytes = 0
         return self._holder
 
     async def _connect(self) -> HolderConnection:

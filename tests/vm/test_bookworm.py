@@ -10,6 +10,7 @@ import pytest
 from ballast.host.agent import Agent
 from ballast.wire.names import PsiTrigger
 from tests.lab.guest import Guest
+from tests.vm import test_dbus as dbus
 from tests.vm.raw import Raw
 
 DEADLINE_S = 60.0
@@ -30,6 +31,13 @@ def test_the_agent_is_installed_and_answers_on_both_channels(bookworm: Guest, ta
         with Raw(channel) as raw:
             raw.exchange(b"")
             assert raw.ask("guest-ping") == {"return": {}}
+
+
+def test_the_agent_is_on_the_bus(bookworm: Guest) -> None:
+    dbus.wait_name(bookworm)
+    assert dbus.get(bookworm, "FreezeState", nobody=True) == "thawed"
+    assert dbus.method(bookworm, "Thaw", "s", "x", nobody=True) == "Call failed: Access denied"
+    assert dbus.method(bookworm, "Thaw", "s", "x") == "Call failed: no freeze has the id x"
 
 
 async def test_a_pressure_trigger_of_any_window_is_accepted(target: str, token: str) -> None:

@@ -68,7 +68,5 @@ def offline_tables(result: OfflineResult) -> list[Table]:
     """What became of memory blocks, and which DIMMs can be unplugged."""
     blocks = [(str(one.phys_index), one.zone, one.result, one.reason or "") for one in result.blocks]
     dimms = [(f"{one.address:#x}", format_size(one.bytes), "yes" if one.offline else "no") for one in result.dimms]
-    return [
-        Table(f"{format_size(result.bytes)} taken offline", blocks, ("BLOCK", "ZONE", "RESULT", "REASON")),
-        Table("DIMMs", dimms, ("ADDRESS", "SIZE", "CAN BE UNPLUGGED")),
-    ]
+    tables = [Table(f"{format_size(result.bytes)} taken offline", blocks, ("BLOCK", "ZONE", "RESULT", "REASON"))]
+    return tables + ([Table("DIMMs", dimms, ("ADDRESS", "SIZE", "CAN BE UNPLUGGED"))] if dimms else [])

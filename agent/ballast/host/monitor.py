@@ -21,7 +21,8 @@ _BLOCK = re.compile(
 )
 _ADDRESS = re.compile(r"Host virtual address for 0x[0-9a-f]+ \((?P<name>.+)\) is 0x(?P<address>[0-9a-f]+)")
 _OBJECT = re.compile(r"(?P<indent> *)/(?P<name>.*) \((?P<type>[^()]*)\)")
-_NET_CLIENT = re.compile(r"(?: \\ )?(?P<name>\S+): index=\d+,type=(?P<type>[a-z0-9-]+),?.*")
+_NET_CLIENT = re.compile(r"(?: \\ (?:\S+: )?)?(?P<name>\S+): index=\d+,type=(?P<type>[a-z0-9-]+),?.*")
+_NET_OTHER = re.compile(r"hub \d+|filters:|  - \S+: type=.*| \\ \S+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +123,7 @@ def parse_net_clients(text: str) -> list[tuple[str, str]]:
     """
     found = []
     for line in filter(None, text.splitlines()):
-        if re.fullmatch(r"hub \d+", line):
+        if _NET_OTHER.fullmatch(line):
             continue
         if not (match := _NET_CLIENT.fullmatch(line)):
             raise ValueError(f"no network client: {line!r}")

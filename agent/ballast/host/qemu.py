@@ -59,15 +59,15 @@ class Qemu:
 
     async def memory(self) -> MemoryMap:
         """The guest's memory as it is now, if nothing speaks against punching it. NotReclaimable, QmpFailed."""
-        await check_hazards(self.qmp, self._safe_vhost_user)
-        self._check_pins()
-        seen = (await self.qmp.ask_monitor("info mtree -f"), await self.qmp.ask_monitor("info ramblock"))
-        if seen != self._seen:
-            try:
+        try:
+            await check_hazards(self.qmp, self._safe_vhost_user)
+            self._check_pins()
+            seen = (await self.qmp.ask_monitor("info mtree -f"), await self.qmp.ask_monitor("info ramblock"))
+            if seen != self._seen:
                 self._map = await self._read_map(parse_flat_view(seen[0]), parse_ram_blocks(seen[1]))
-            except ValueError as error:
-                raise QmpFailed(f"cannot read what QEMU says of its memory: {error}") from error
-            self._seen = seen
+                self._seen = seen
+        except ValueError as error:
+            raise QmpFailed(f"cannot read what QEMU says of itself: {error}") from error
         return self._map
 
     def _check_pins(self) -> None:

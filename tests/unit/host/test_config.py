@@ -23,10 +23,15 @@ def write(path: Path, text: str, mode: int = 0o600) -> Path:
         ("[host]\n", "host: unknown key, expected [vm.NAME]"),
         ("vm = 5\n", "vm: expected tables: [vm.NAME]"),
         ("[vm]\nweb1 = 5\n", "vm.web1: expected a table, found 5"),
-        ('[vm.web1]\nagnet = "x"\n', "vm.web1.agnet: unknown key, expected one of agent, qmp, libvirt, token-file"),
+        (
+            '[vm.web1]\nagnet = "x"\n',
+            "vm.web1.agnet: unknown key, expected one of agent, qmp, libvirt, token",
+        ),
         ('[vm.web1]\ntoken_file = "x"\n', "vm.web1.token_file: unknown key"),
         ("[vm.web1]\nagent = 42\n", "vm.web1.agent: expected a string, found 42"),
         ('[vm.web1]\nqmp = ""\n', "vm.web1.qmp: expected a string, found ''"),
+        ('[vm.web1]\nsafe-vhost-user = "fs0"\n', "vm.web1.safe-vhost-user: expected a list of strings, found 'fs0'"),
+        ("[vm.web1]\nsafe-vhost-user = [1]\n", "vm.web1.safe-vhost-user: expected a list of strings, found [1]"),
         ('[vm.web1]\nagent = "vsock:x"\n', "vm.web1.agent: vsock:x: expected vsock:CID[:PORT]"),
         ('[vm."vsock:1"]\nagent = "vsock:1"\n', "vm.vsock:1: a name that begins like a connect string"),
         ("vm = { a = 1, a = 2 }\n", "line 1"),
@@ -43,10 +48,11 @@ def test_what_is_wrong_is_told_with_file_key_and_reason(tmp_path: Path, text: st
 def test_virtual_machines_are_read(tmp_path: Path) -> None:
     path = write(
         tmp_path / "host.toml",
-        '[vm.web1]\nagent = "vsock:42"\nqmp = "unix:/q"\ntoken-file = "/t"\n[vm.db1]\nlibvirt = "qemu:///system/db1"\n',
+        '[vm.web1]\nagent = "vsock:42"\nqmp = "unix:/q"\ntoken-file = "/t"\nsafe-vhost-user = ["a", "b"]\n'
+        '[vm.db1]\nlibvirt = "qemu:///system/db1"\n',
     )
     assert read_config(path) == {
-        "web1": Vm("vsock:42", "unix:/q", None, Path("/t")),
+        "web1": Vm("vsock:42", "unix:/q", None, Path("/t"), ("a", "b")),
         "db1": Vm(libvirt="qemu:///system/db1"),
     }
 

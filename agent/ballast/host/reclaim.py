@@ -114,6 +114,7 @@ class Reclaim:
         """Where a chunk is on this host, if all still is as when the guest named it. ChunkVoid, NotReclaimable."""
         if self._machine is None:
             return []
+        self._take_events()  # those before the answer: what went back can be in this chunk
         pieces = (await self._machine.memory()).locate(reply.ranges, self._given)
         bytes_ = sum(piece.bytes for piece in pieces)
         if bytes_ != reply.bytes or bytes_ > self._chunk_bytes:

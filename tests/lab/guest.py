@@ -30,6 +30,8 @@ CONSOLE_TAIL_LINES = 40
 # How much of a failed command's output its exception carries, from the end.
 SAID_CHARS = 4000
 DIR_PREFIX = "ballast-guest-"
+# "Block Name    PSize" and so on; a block without a name begins with its page size.
+NAMELESS_RAM = re.compile(r"^ +\d+ [KMG]iB ", re.MULTILINE)
 
 
 class BootFailed(Exception):
@@ -92,6 +94,7 @@ class Guest:
         self._append = append
         self._processes: list[subprocess.Popen[bytes]] = []
         self._channels: list[Channel] = []
+        self._buried = 0
 
     def __enter__(self) -> Self:
         try:
@@ -257,6 +260,31 @@ class Guest:
         backend = f"memory-{dimm_id}"
         self.qmp("object-add", qom_type="memory-backend-memfd", id=backend, size=bytes_, share=True)
         self.qmp("device_add", driver="pc-dimm", id=dimm_id, memdev=backend)
+
+    def unplug(self, dimm_id: str, bytes_: int) -> None:
+        """Take out a DIMM that hot_add() put in and whose blocks are offline."""
+        self.qmp("device_del", id=dimm_id)
+        while self.wait_qmp_event("DEVICE_DELETED").get("device") != dimm_id:
+            pass
+        self.qmp("object-del", id=f"memory-{dimm_id}")
+        self.bury(bytes_)
+
+    def bury(self, bytes_: int) -> None:
+        """To be called after each memory backend of so many bytes that was deleted, by whomever.
+
+        TCG (seen with QEMU 10.0.2) finds translated code by its place in QEMU's own RAM space, and keeps it when that
+        RAM goes. The next backend gets the same place, and the guest runs the old DIMM's code out of the new DIMM's
+        pages, whose contents are right: programs in it die of SIGSEGV. So the place is taken, by memory that nobody
+        touches.
+        """
+        deadline_s = time.monotonic() + QMP_TIMEOUT_S
+        # It is free a moment after object-del (RCU); until then it has a line without a name, as the buried ones have.
+        while len(NAMELESS_RAM.findall(self.qmp("x-query-ramblock")["human-readable-text"])) > self._buried:
+            if time.monotonic() > deadline_s:
+                raise TimeoutError("QEMU does not free the memory of a DIMM that is gone")
+            time.sleep(0.01)
+        self._buried += 1
+        self.qmp("object-add", qom_type="memory-backend-ram", id=f"buried-{self._buried}", size=bytes_)
 
 
 def _sweep() -> None:

@@ -95,15 +95,8 @@ def states(guest: Guest, blocks: set[int]) -> dict[int, tuple[str, str]]:
 
 
 def lsmem(guest: Guest) -> dict[int, str]:
-    """State of all blocks, by lsmem(1), or by a shell's own look at sysfs where lsmem dies of a signal.
-
-    Under TCG, after a DIMM was unplugged and another plugged in, lsmem was seen to crash in some guests, and only
-    there; what it dies of is the emulator's or the kernel's, and it says nothing of what is asked here.
-    """
-    listed = guest.run(["lsmem", "--all", "--raw", "--noheadings", "--output=block,state"], check=False)
-    said = listed.stdout
-    if listed.returncode != 0:
-        said = guest.run(f"cd {SYSFS}; for m in memory[0-9]*; do echo ${{m#memory}} $(<$m/state); done").stdout
+    """State of all blocks, by lsmem(1)."""
+    said = guest.run(["lsmem", "--all", "--raw", "--noheadings", "--output=block,state"]).stdout
     return {int(block): state for block, state in (line.split() for line in said.splitlines())}
 
 
@@ -137,10 +130,7 @@ def unplug(guest: Guest, name: str, blocks: set[int]) -> None:
         f"offline() {{ grep -q offline {state} || echo offline >{state}; }}; until {offline}; do sleep 0.2; done",
         timeout_s=DEADLINE_S,
     )
-    guest.qmp("device_del", id=name)
-    while guest.wait_qmp_event("DEVICE_DELETED").get("device") != name:
-        pass
-    guest.qmp("object-del", id=f"memory-{name}")
+    guest.unplug(name, len(blocks) * BLOCK_BYTES)
 
 
 async def hear(agent: Agent, name: str, count: int) -> list[Event]:

@@ -60,6 +60,7 @@ class Guest:
 
     `disks` are (file system, bytes) each; wait_boot() mounts them as /mnt/data0, /mnt/data1 and so on.
     `token` arrives in the guest as the system credential ballast.token.
+    `append` is for the kernel's command line, `machine` are further options of QEMU's machine type q35.
     All methods but close() may be called from several threads at once.
 
     Sockets on the host, for the programs under test:
@@ -77,6 +78,7 @@ class Guest:
         memory_bytes: int = 1 << 30,
         vsock: bool = True,
         append: str = "",
+        machine: str = "",
     ) -> None:
         self.image = image
         _sweep()
@@ -92,6 +94,7 @@ class Guest:
         self._memory_bytes = memory_bytes
         self._vsock = vsock
         self._append = append
+        self._machine = machine
         self._processes: list[subprocess.Popen[bytes]] = []
         self._channels: list[Channel] = []
         self._buried = 0
@@ -136,6 +139,7 @@ class Guest:
                 self.disks,
                 memory_bytes=self._memory_bytes,
                 append=self._append,
+                machine=self._machine,
                 token_file=self._write_token(),
                 vsock=self._vsock,
                 qmp=qemus_qmp,

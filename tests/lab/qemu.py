@@ -95,6 +95,7 @@ def command_line(
     *,
     memory_bytes: int,
     append: str,
+    machine: str,
     token_file: Path | None,
     vsock: bool,
     qmp: socket.socket,
@@ -103,7 +104,8 @@ def command_line(
     """QEMU's arguments. `qmp` and `shell` are our ends' peers, inherited; the other sockets are made in `folder`."""
     return [
         *("qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none"),
-        *("-machine", "q35,memory-backend=ram,smm=off,hpet=off", "-accel", "tcg,thread=multi"),
+        *("-machine", f"q35,memory-backend=ram,smm=off,hpet=off,{machine}".rstrip(",")),
+        *("-accel", "tcg,thread=multi"),
         *("-cpu", CPU, "-smp", str(CPUS)),
         *("-m", f"size={memory_bytes}B,slots={SLOTS},maxmem={MEMORY_MAX_BYTES}B"),
         *("-object", f"memory-backend-memfd,id=ram,size={memory_bytes}B,share=on"),

@@ -111,6 +111,11 @@ async def press(guest: Guest) -> None:
     guest.fake.send_event(1, "BALLAST_BALLOON", cause="pressure", **{"total-bytes": 0})
 
 
+async def take_back(guest: Guest) -> None:
+    """Somebody else deflates, and the chunk goes with it."""
+    guest.fake.send_event(1, "BALLAST_BALLOON", cause="deflate", chunk=1, **{"total-bytes": 0})
+
+
 async def lose_agent(guest: Guest) -> None:
     """Nobody answers any more."""
     guest.fake.drop()
@@ -128,6 +133,7 @@ async def prepare_snapshot(guest: Guest) -> None:
         (reset, ChunkVoid, r"the machine was interrupted \(RESET\)"),
         (restart, ChunkVoid, "the guest has restarted"),
         (press, GaveWay, r"took its memory back \(pressure\)"),
+        (take_back, ChunkVoid, "the guest has chunk 1 back"),
         (lose_agent, PeerGone, "closed the connection"),
         (prepare_snapshot, NotReclaimable, "the migration capability postcopy-ram is on"),
     ],

@@ -114,7 +114,7 @@ class Reclaim:
         """Where a chunk is on this host, if all still is as when the guest named it. ChunkVoid, NotReclaimable."""
         if self._machine is None:
             return []
-        self._take_events()  # those before the answer: what went back can be in this chunk
+        self._take_events(reply.chunk)  # those before the answer: what went back can be in this chunk
         pieces = (await self._machine.memory()).locate(reply.ranges, self._given)
         bytes_ = sum(piece.bytes for piece in pieces)
         if bytes_ != reply.bytes or bytes_ > self._chunk_bytes:
@@ -123,7 +123,7 @@ class Reclaim:
             raise ChunkVoid("the guest has restarted")
         if upheavals := await self._machine.upheavals():
             raise ChunkVoid(f"the machine was interrupted ({', '.join(upheavals)})")
-        self._take_events()
+        self._take_events(reply.chunk)
         return pieces
 
     async def punch(self, reply: BalloonInflated) -> Released:
@@ -151,9 +151,11 @@ class Reclaim:
         self._given.clear()  # which of it, only the guest knows
         return await self._agent.balloon_deflate(target_bytes)
 
-    def _take_events(self) -> None:
+    def _take_events(self, chunk: int | None = None) -> None:
         for event in self._agent.take_events():
             cause = event.data.get("cause")
+            if chunk is not None and event.data.get("chunk") == chunk:
+                raise ChunkVoid(f"the guest has chunk {chunk} back")
             if cause in ("pressure", "holder-lost"):
                 raise GaveWay(f"the guest took its memory back ({cause})", **event.data)
             if cause == "deflate":

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from ballast.host import linux
+from ballast.host import linux, qmp
+from ballast.host.connect import NoAnswer
 from ballast.host.machine import MemoryMap, NotReclaimable, Piece, QmpFailed, Region, WrongRanges
+from ballast.host.qemu import Qemu
 from ballast.host.reclaim import GRAIN_BYTES, Released, release
 from tests.kernel import stopped
 from tests.kernel.stopped import MIB, connected, contents, dimm, fill, memory
@@ -158,6 +160,14 @@ async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
     while data := await reader.read(1 << 16):
         writer.write(data)
     writer.close()
+
+
+async def test_a_socket_in_use_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with stopped.started(tmp_path, *SMALL) as path:
+        async with connected(path):
+            monkeypatch.setattr(qmp, "CONNECT_TIMEOUT_S", 0.3)
+            with pytest.raises(NoAnswer, match="is this QMP in use"):
+                await Qemu.connect(str(path)).__aenter__()
 
 
 async def test_a_reset_is_told_with_the_next_answer(tmp_path: Path) -> None:

@@ -50,8 +50,6 @@ class Inflation:
                 await self._finish(self._take_chunk())
         except GaveWay as error:
             self.outcome.stopped, self.outcome.reason = "gave-way", error.desc
-            total_bytes = error.data.get("total-bytes")
-            self.outcome.total_bytes = total_bytes if isinstance(total_bytes, int) else self.outcome.total_bytes
         except (AgentError, OSError) as error:
             self.outcome.stopped, self.outcome.reason = "failed", str(error)
             raise

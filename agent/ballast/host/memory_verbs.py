@@ -57,6 +57,7 @@ async def balloon_set(args: argparse.Namespace, connect: Connect) -> int:
             outcome.given_back_bytes, outcome.total_bytes, outcome.stopped = given.bytes, given.total_bytes, "done"
         else:
             await _inflate(args, agent, outcome)
+            outcome.total_bytes = (await agent.memory_status()).balloon.bytes
     _put_outcome(args, outcome)
     return Exit.DONE if outcome.stopped == "done" and not outcome.not_zero_bytes else Exit.PARTIAL
 

@@ -144,7 +144,8 @@ class Reclaim:
     async def give_back(self, reply: BalloonInflated) -> BalloonDeflated:
         """Let the guest have a chunk again that waits for its ack. By a deflate alone it would come last of all."""
         await self.ack(reply, 0)
-        return await self.deflate(reply.total_bytes - reply.bytes)
+        held_bytes = (await self._agent.memory_status()).balloon.bytes
+        return await self.deflate(max(0, held_bytes - reply.bytes))
 
     async def deflate(self, target_bytes: int) -> BalloonDeflated:
         """Let the guest have all beyond the target again; the host's memory for it comes as the guest touches it."""

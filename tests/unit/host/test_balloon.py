@@ -129,6 +129,7 @@ def test_the_guests_floor_is_5(ctl: Run, balloon: Balloon) -> None:
 @pytest.mark.parametrize("cause", ["pressure", "holder-lost"])
 def test_a_guest_that_needs_its_memory_ends_it_with_5(ctl: Run, balloon: Balloon, cause: str) -> None:
     def ack(arguments: dict[str, Any]) -> dict[str, Any]:
+        balloon.bytes = 8 * MIB
         balloon.agent.send_event(1, "BALLAST_BALLOON", **{"cause": cause, "total-bytes": 8 * MIB})
         return balloon.ack(arguments)
 

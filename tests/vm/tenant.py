@@ -15,11 +15,13 @@ import os
 import random
 import struct
 import sys
+import time
 from pathlib import Path
 
 PAGE = mmap.PAGESIZE
 MIB_PAGES = (1 << 20) // PAGE
 BATCH = 64
+REST_S = 0.01
 
 
 class Pages:
@@ -124,6 +126,7 @@ def main() -> None:
     while not stop.exists():
         for _ in range(BATCH):
             random.choice(used).change()
+        time.sleep(REST_S)  # the guest has other things to do as well
     for pages in used:
         for page in range(pages.count):
             pages.look(page)

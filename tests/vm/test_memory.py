@@ -52,6 +52,15 @@ print(json.dumps(stamps_s))
 """
 SAID = "/run/witness.said"
 
+PIPES = """
+import fcntl, os, time
+pipes = [os.pipe() for _ in range(32)]
+for reader, writer in pipes:
+    os.write(writer, bytes(fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 1 << 20)))
+print("full", flush=True)
+time.sleep(600)
+"""
+
 
 @pytest.fixture
 def load(guest: Guest) -> Iterator[Callable[[], None]]:
@@ -98,6 +107,20 @@ def lsmem(guest: Guest) -> dict[int, str]:
     """State of all blocks, by lsmem(1)."""
     said = guest.run(["lsmem", "--all", "--raw", "--noheadings", "--output=block,state"]).stdout
     return {int(block): state for block, state in (line.split() for line in said.splitlines())}
+
+
+@contextmanager
+def kernel_pages(guest: Guest) -> Iterator[None]:
+    """A process with full pipes: 32 MiB that the kernel cannot move, in the kernel's zone with the highest address."""
+    said = "/run/lab-pipes"
+    guest.run(
+        ["/bin/bash", "-ec", f'setsid /usr/bin/python3 -c "$0" >{said} 2>&1 </dev/null & echo $! >{said}.pid', PIPES]
+    )
+    guest.run(f"until grep -qx full {said}; do sleep 0.1; done")
+    try:
+        yield
+    finally:
+        guest.run(f"kill $(cat {said}.pid); rm {said} {said}.pid")
 
 
 def plug_in(guest: Guest, name: str, bytes_: int) -> set[int]:
@@ -265,3 +288,8 @@ async def test_a_dimm_goes_to_one_zone_and_movable_memory_stays_within_three_tim
             assert {one["zone"] for event in added for one in event.data["blocks"]} == {"kernel"}
             assert set(states(guest, beyond).values()) == {("online", "Normal")}
             assert set(states(guest, within).values()) == {("online", "Movable")}
+            with kernel_pages(guest):
+                result = await agent.memory_offline(dimm=min(beyond) * BLOCK_BYTES, timeout_ms=5000)
+            causes = [one for one in result.blocks if one.reason not in ("undone", "not-tried")]
+            assert [(one.result, one.reason) for one in causes] in ([("failed", "EBUSY")], [("failed", "deadline")])
+            assert set(states(guest, beyond).values()) == {("online", "Normal")}

@@ -167,5 +167,6 @@ async def test_memory_comes_and_goes_whole(
         assert (await agent.memory_status()).blocks.online == before.online + 2
         removed = await asyncio.to_thread(ctl, "memory", "remove", "256M")
         assert removed["bytes"] == 256 * MIB
+        await asyncio.to_thread(guest.bury, 256 * MIB)
         assert (await agent.memory_status()).blocks == before
     assert await asyncio.to_thread(guest.qmp, "query-memory-devices") == []

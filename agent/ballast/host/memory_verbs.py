@@ -15,7 +15,7 @@ from ballast.host.dimms import Removal, add_dimm, choose_dimms, read_dimms, remo
 from ballast.host.machine import NotReclaimable
 from ballast.host.qemu import Qemu
 from ballast.host.qmp import Qmp
-from ballast.host.reclaim import Reclaim
+from ballast.host.reclaim import GRAIN_BYTES, Reclaim
 from ballast.host.show import progress, progress_bar, put_json, put_tables, say
 from ballast.host.verbs import Connect, Exit
 
@@ -54,7 +54,8 @@ async def balloon_set(args: argparse.Namespace, connect: Connect) -> int:
         if before_bytes > args.size:
             with progress("deflating"):
                 given = await agent.balloon_deflate(args.size)
-            outcome.given_back_bytes, outcome.total_bytes, outcome.stopped = given.bytes, given.total_bytes, "done"
+            outcome.given_back_bytes, outcome.total_bytes = given.bytes, given.total_bytes
+            outcome.stopped = "done" if given.total_bytes + GRAIN_BYTES > args.size else "gave-way"
         else:
             await _inflate(args, agent, outcome)
             outcome.total_bytes = (await agent.memory_status()).balloon.bytes

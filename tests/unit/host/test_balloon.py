@@ -113,6 +113,14 @@ def test_it_deflates_without_qemu(ctl: Run, balloon: Balloon, tmp_path: Path) ->
     assert "192 MiB" in out
 
 
+def test_a_guest_that_gave_back_more_than_it_was_to_is_5(ctl: Run, balloon: Balloon) -> None:
+    balloon.bytes = 256 * MIB
+    balloon.agent.answers["ballast-balloon-deflate"] = {"bytes": 0, "total-bytes": 0, "ranges": []}
+    status, out, _ = ctl("balloon", "set", "64M", options=("--no-reclaim",))
+    assert status == 5
+    assert "the guest needs its memory" in out
+
+
 def test_a_chunk_that_waits_from_before_is_finished(ctl: Run, balloon: Balloon) -> None:
     balloon.inflate({"target-bytes": 64 * MIB})
     assert ctl("balloon", "set", "64M", options=("--no-reclaim",))[0] == 0

@@ -48,7 +48,10 @@ class Leaving:
         self._change({index: (zone, math.inf) for index, zone in zones.items()}, gone=())
 
     def end(self, indexes: Iterable[int]) -> None:
-        """Of what was begun, these are offline now, and have a minute from now; the others are not leaving."""
+        """Of what was begun, these are offline now, and have a minute from now; the others are not leaving.
+
+        So have those that were leaving before, unless they were forgotten meanwhile.
+        """
         under_way = [index for index, (_, until_s) in self._blocks.items() if until_s == math.inf]
         self._change(self._for_a_minute(indexes), gone=under_way)
 
@@ -84,7 +87,7 @@ class Leaving:
 
     def _for_a_minute(self, indexes: Iterable[int]) -> dict[int, tuple[Zone, float]]:
         until_s = self._clock() + LEAVING_S
-        return {index: (self.zone(index), until_s) for index in indexes}
+        return {index: (self.zone(index), until_s) for index in indexes if index in self}
 
     def _change(self, blocks: Mapping[int, tuple[Zone, float]], *, gone: Iterable[int]) -> None:
         for index in gone:

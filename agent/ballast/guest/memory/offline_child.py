@@ -31,7 +31,10 @@ async def take_offline(states: Sequence[Path], timeout_s: float) -> int:
     """
     if timeout_s <= 0:
         return errno.ETIMEDOUT
-    child = await asyncio.create_subprocess_exec(sys.executable, "-I", "-S", "-c", _PROGRAM, *map(str, states))
+    try:
+        child = await asyncio.create_subprocess_exec(sys.executable, "-I", "-S", "-c", _PROGRAM, *map(str, states))
+    except OSError as error:  # no memory for another process
+        return error.errno or errno.ENOMEM
     try:
         async with asyncio.timeout(timeout_s):
             status = await child.wait()

@@ -53,6 +53,16 @@ def test_what_is_under_way_has_no_end_and_is_not_forgotten(path: Path, clock: Cl
     assert leaving.indexes() == [33]
 
 
+def test_what_was_leaving_before_and_is_forgotten_meanwhile_stays_forgotten(path: Path, clock: Clock) -> None:
+    leaving = Leaving(path, clock=clock)
+    leaving.begin({32: "movable"})
+    leaving.end([32])
+    leaving.begin({33: "movable"})
+    leaving.forget([32])
+    leaving.end([33, 32])
+    assert leaving.indexes() == [33]
+
+
 @pytest.mark.parametrize("finished", [False, True])
 def test_after_a_restart(path: Path, clock: Clock, *, finished: bool) -> None:
     first = Leaving(path, clock=clock)

@@ -16,7 +16,7 @@ _RANGE = re.compile(
     r"(?: @(?P<offset>[0-9a-f]{16}))?(?: KVM)?"
 )
 _BLOCK = re.compile(
-    r" *(?P<name>\S.*?) +(?P<page>\d+ [KMGT]iB) +0x[0-9a-f]+ +0x(?P<used>[0-9a-f]+) +0x(?P<total>[0-9a-f]+)"
+    r" *(?:(?P<name>\S.*?) +)?(?P<page>\d+ [KMGT]iB) +0x[0-9a-f]+ +0x(?P<used>[0-9a-f]+) +0x(?P<total>[0-9a-f]+)"
     r" +0x(?P<address>[0-9a-f]+)(?: +(?:ro|rw))?"
 )
 _ADDRESS = re.compile(r"Host virtual address for 0x[0-9a-f]+ \((?P<name>.+)\) is 0x(?P<address>[0-9a-f]+)")
@@ -73,7 +73,7 @@ def parse_flat_view(text: str) -> list[FlatRange]:
 
 
 def parse_ram_blocks(text: str) -> list[RamBlock]:
-    """All blocks of ``info ramblock``.
+    """All blocks of ``info ramblock``. Without a name are those that no device uses yet, or any more.
 
     ``    ram    4 KiB  0x0000000000000000 0x0000000140000000 0x0000000140000000 0x00007fed5ffff000  rw``
     """
@@ -84,7 +84,7 @@ def parse_ram_blocks(text: str) -> list[RamBlock]:
     for line in filter(None, lines[1:]):
         if not (match := _BLOCK.fullmatch(line)):
             raise ValueError(f"no block: {line!r}")
-        blocks.append(RamBlock(match["name"], int(match["used"], 16), int(match["address"], 16)))
+        blocks.append(RamBlock(match["name"] or "", int(match["used"], 16), int(match["address"], 16)))
     return blocks
 
 

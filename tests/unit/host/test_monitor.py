@@ -114,6 +114,8 @@ def test_blocks_that_are_not_understood_are_refused(text: str) -> None:
 def test_blocks_have_their_size_in_use_and_their_address() -> None:
     acpi = RamBlock("/rom@etc/acpi/tables", 0x20000, 0x7FEEE5A00000)
     assert parse_ram_blocks(BLOCKS) == [RamBlock("ram", 5 << 30, 0x7FED5FFFF000), acpi]
+    unused = BLOCKS.replace("ram  ", "     ", 1)
+    assert parse_ram_blocks(unused)[0] == RamBlock("", 5 << 30, 0x7FED5FFFF000)
     assert parse_ram_blocks(OLD_BLOCKS) == [RamBlock("pc.ram", 1 << 30, 0x7F1A2BE00000)]
 
 

@@ -117,6 +117,8 @@ def test_blocks_have_their_size_in_use_and_their_address() -> None:
     unused = BLOCKS.replace("ram  ", "     ", 1)
     assert parse_ram_blocks(unused)[0] == RamBlock("", 5 << 30, 0x7FED5FFFF000)
     assert parse_ram_blocks(OLD_BLOCKS) == [RamBlock("pc.ram", 1 << 30, 0x7F1A2BE00000)]
+    unplugged = RamBlock("", 5 << 30, 0x7FED5FFFF000)
+    assert parse_ram_blocks(BLOCKS.replace(" ram ", "     ")) == [unplugged, acpi]
 
 
 @pytest.mark.parametrize(

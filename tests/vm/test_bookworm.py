@@ -48,7 +48,7 @@ async def test_a_pressure_trigger_of_any_window_is_accepted(target: str, token: 
         await agent.subscribe(["BALLAST_PRESSURE"], psi=[PsiTrigger("full", 100_000, 2_000_000)])
 
 
-async def test_hot_added_memory_comes_online(bookworm: Guest, target: str, token: str) -> None:
+async def test_hot_added_memory_comes_online_and_off_again(bookworm: Guest, target: str, token: str) -> None:
     async with Agent.connect(target, token) as agent:
         await agent.subscribe(["BALLAST_MEMORY_ADDED"])
         before = await agent.memory_status()
@@ -61,6 +61,11 @@ async def test_hot_added_memory_comes_online(bookworm: Guest, target: str, token
         after = await agent.memory_status()
     assert online == [("movable", "done")] * BLOCKS
     assert after.total_bytes - before.total_bytes == BLOCKS * BLOCK_BYTES
+    async with Agent.connect(target, token) as agent:
+        gone = await agent.memory_offline(bytes_=BLOCKS * BLOCK_BYTES)
+        assert (gone.bytes, [one.offline for one in gone.dimms]) == (BLOCKS * BLOCK_BYTES, [True])
+        bookworm.unplug("dimm0", BLOCKS * BLOCK_BYTES)
+        assert (await agent.memory_status()).blocks == before.blocks
 
 
 async def test_root_and_data_disks_freeze_hold_and_thaw(bookworm: Guest, target: str, token: str) -> None:

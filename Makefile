@@ -8,7 +8,7 @@ DEBS   := dist/.complete
 # The same as another version, for trying upgrades and downgrades.
 NEXT   := dist/next/.complete
 
-.PHONY: help deps venv lint packages test test-unit test-kernel test-vm demo faults balloon-faults dimms clean
+.PHONY: help deps venv lint packages test test-unit test-kernel test-vm demo faults balloon-faults balloon-trials dimms clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -43,6 +43,9 @@ faults: $(VENV) $(DEBS) ## everything that may die while a guest is frozen, twen
 
 balloon-faults: $(VENV) $(DEBS) ## everything that may come between a chunk's answer and its hole, 200 times each
 	.venv/bin/python -m tests.vm.balloon_faults
+
+balloon-trials: $(VENV) $(DEBS) ## the balloon pinned, lied about and needed back, ten times each
+	.venv/bin/python -m tests.vm.balloon_trials
 
 dimms: $(VENV) $(DEBS) ## a hundred DIMMs that come, are used and go, in a guest
 	.venv/bin/python -m tests.vm.dimms

@@ -6,7 +6,7 @@ and 6.12; boot memory up to 5 GiB and three DIMMs, all adjacent to each other):
 
 - ``/proc/iomem``: neither DIMMs nor boot memory and a DIMM are merged, but nothing tells one from the other. It is
   there before the blocks' uevents, where ``firmware_node`` comes after them: so the zone of a new block goes by it.
-- ``/sys/firmware/memmap``: shows DIMMs as well on 6.12, but not on 6.1. ``phys_device`` is 0 for every block.
+- ``/sys/firmware/memmap``: shows DIMMs as well on 6.12, but not on 6.1.
 
 Some firmware describes boot memory as such a device too (Hyper-V: "System RAM resource … cannot be added"), and the
 kernel then binds its blocks as well. So what the guest booted with, by the e820 map, is never a DIMM.

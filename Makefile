@@ -35,7 +35,7 @@ test-kernel: $(VENV) ## as root: real freezes, on loop devices
 test-vm: $(VENV) $(DEBS) $(NEXT) ## in guests under QEMU, with the packages installed
 	$(PYTEST) tests/vm
 
-demo: $(VENV) $(DEBS) ## a guest, live: pressure, hot-added memory, a consistent snapshot
+demo: $(VENV) $(DEBS) ## a guest, live: pressure, memory added and given back, a consistent snapshot
 	.venv/bin/python -m tests.lab.demo
 
 faults: $(VENV) $(DEBS) ## everything that may die while a guest is frozen, twenty times each

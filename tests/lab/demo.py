@@ -1,9 +1,10 @@
-"""Ballast in two minutes, live: python -m tests.lab.demo [--keep]
+"""Ballast in less than three minutes, live: python -m tests.lab.demo [--keep]
 
 A Debian 13 guest with 1 GiB and three data disks boots under QEMU, and the packages of dist/ are installed in it. Then,
 over vsock: memory pressure arrives as an event; 512 MiB are plugged in and online; four file systems are frozen under
-writers, snapshotted by QMP and thawed; and the snapshot's file systems are clean. Everything is measured while it runs.
-The exit status is 0 only if all of it happened, and nothing is left behind. It needs root, to mount the snapshot.
+writers, snapshotted by QMP and thawed; the snapshot's file systems are clean; the DIMM and 256 MiB of boot memory go
+back to the host, and the guest takes those again when load returns. Everything is measured while it runs. The exit
+status is 0 only if all of it happened, and nothing is left behind. It needs root, to mount the snapshot.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from ballast.host.agent import Agent
 from ballast.host.show import Table
 from ballast.wire.errors import AgentError, Unauthenticated
 from tests.lab import image
+from tests.lab.demo_give_back import show_balloon, show_return, show_unplug
 from tests.lab.demo_memory import Ear, show_hot_add, show_pressure
 from tests.lab.demo_snapshot import show_clean, show_freeze, show_writers
 from tests.lab.demo_stage import DemoFailed, Screen, Stage, read_clock, require
@@ -126,6 +128,12 @@ async def show_all(stage: Stage) -> None:
     done = await show_freeze(stage)
     stage.screen.step("5. What the snapshot holds")
     await show_clean(stage, done)
+    stage.screen.step("6. The DIMM goes back")
+    await show_unplug(stage)
+    stage.screen.step("7. 256 MiB of boot memory go back")
+    await show_balloon(stage)
+    stage.screen.step("8. Load returns, and the memory with it")
+    await show_return(stage, ear)
 
 
 async def stay(guest: Guest, screen: Screen, token: str) -> None:

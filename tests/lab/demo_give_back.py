@@ -25,8 +25,9 @@ PROGRAM = "/run/demo/growth.py"
 # The lab's vsock reads and writes the rings alone, and pins nothing.
 SAFE_VHOST_USER = ("vsock",)
 BALLOON_BYTES = 256 << 20
-# Meanwhile the guest runs on, and touches a page here and there.
-FREED_MIN_BYTES = 250 << 20
+# Measured on the balloon's own memory, and on all: the host cannot gain what the guest had never touched, about 10 MiB
+# of its 1 GiB, and meanwhile the guest runs on.
+FREED_MIN_BYTES, FALLEN_MIN_BYTES = 250 << 20, 240 << 20
 # What the load needs beyond what is available: it ends well only if the balloon gives that much.
 BEYOND_BYTES = 128 << 20
 GROWTH_TIMEOUT_S = 120.0
@@ -143,8 +144,8 @@ async def show_balloon(stage: Stage) -> None:
     fallen_bytes = before.boot_bytes - after.boot_bytes
     screen.say(
         f"The guest takes {mib(outcome.taken_bytes)} of its free memory out of use, in {outcome.chunks} chunks; the "
-        f"host checks that each reads as zero and punches it out of the file: {took_s:.1f} s, "
-        f"[bold]{mib(round(outcome.freed_bytes / took_s))}/s[/]."
+        f"host checks that each reads as zero and punches it out of the file, {mib(outcome.freed_bytes)} freed in "
+        f"{took_s:.1f} s, [bold]{mib(round(outcome.freed_bytes / took_s))}/s[/]."
     )
     screen.say(
         f"Host's use of its boot memory: {mib(before.boot_bytes)} -> [bold]{mib(after.boot_bytes)}[/], "
@@ -154,7 +155,8 @@ async def show_balloon(stage: Stage) -> None:
     )
     require(outcome.stopped == "done", f"the balloon stopped at {mib(outcome.total_bytes)}: {outcome.stopped}")
     require(outcome.not_zero_bytes == 0, f"{outcome.not_zero_bytes} bytes of the balloon were not zero")
-    require(fallen_bytes >= FREED_MIN_BYTES, f"the host has only {fallen_bytes} bytes more")
+    require(outcome.freed_bytes >= FREED_MIN_BYTES, f"only {outcome.freed_bytes} bytes of the balloon were the host's")
+    require(fallen_bytes >= FALLEN_MIN_BYTES, f"the host has only {fallen_bytes} bytes more")
     screen.sum_up(
         "256 MiB of boot memory given back",
         f"host has {mib(fallen_bytes)} more, {mib(round(outcome.freed_bytes / took_s))}/s",

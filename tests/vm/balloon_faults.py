@@ -27,17 +27,17 @@ from ballast.host.qemu import Qemu
 from ballast.host.reclaim import NOTHING, ChunkVoid, Reclaim, Released, release
 from ballast.wire.errors import AgentError
 from ballast.wire.names import BalloonInflated
-from tests.lab.guest import Guest
+from tests.lab.guest import CommandFailed, Guest
 from tests.lab.image import build
 from tests.vm.conftest import TOKEN, packages
 
 CHECKER = Path(__file__).parent / "checker.py"
 IN_GUEST, ORDERS, ANSWERS = "/usr/local/lib/lab-checker.py", "/run/lab-checker.in", "/run/lab-checker.out"
 MEMORY_BYTES = 512 << 20
-CHUNK_BYTES = 8 << 20
+CHUNK_BYTES = 32 << 20
 # What the checker leaves free: before, enough that the balloon's floor leaves room for a chunk; then next to nothing,
 # so that whatever came free is filled; and for pressure so much available.
-LEFT_BEFORE_MIB, LEFT_AFTER_MIB, PRESSED_MIB = 110, 24, 28
+LEFT_BEFORE_MIB, LEFT_AFTER_MIB, PRESSED_MIB = 150, 12, 28
 BOOT_S = 12.0
 CGROUPS = "/sys/fs/cgroup/ballast.slice"
 # For many rounds in little time: the balloon tries again at once after it gave way, its floor is low, so that little
@@ -106,7 +106,7 @@ def run_round(guest: Guest, kind: str, number: int) -> dict[str, Any]:
     this = _Round(guest, kind, is_careful=number % 2 == 0)
     try:
         result = asyncio.run(this.run_reset(is_late=number % 4 == 1) if kind == "reset" else this.run())
-    except (AgentError, OSError, TimeoutError) as error:
+    except (AgentError, CommandFailed, OSError) as error:
         raise RoundFailed(f"{error!r}\n{guest.console_tail()}") from error
     return {"kind": kind, "number": number, **result, "seconds": round(time.monotonic() - started_s, 1)}
 

@@ -34,9 +34,9 @@ def test_a_guest_that_begins_anew_loses_nothing(small_guest: Guest) -> None:
 
 
 def test_without_the_look_for_zeros_pages_are_lost(small_guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The campaign can fail. The last test, since its guest is damaged afterwards."""
+    """The campaign can fail: by the checker's pages, or by a guest that dies of others. The last test in its guest."""
     monkeypatch.setattr(linux, "is_zero", lambda *_: True)
-    with pytest.raises(RoundFailed, match="pages have changed"):
+    with pytest.raises(RoundFailed):
         run_rounds(small_guest, "both-killed", MUTANT_ROUNDS)
 
 

@@ -106,7 +106,7 @@ def run_round(guest: Guest, kind: str, number: int) -> dict[str, Any]:
     this = _Round(guest, kind, is_careful=number % 2 == 0)
     try:
         result = asyncio.run(this.run_reset(is_late=number % 4 == 1) if kind == "reset" else this.run())
-    except (AgentError, CommandFailed, OSError) as error:
+    except (AgentError, CommandFailed, OSError, ValueError) as error:  # the last: the checker said nothing
         raise RoundFailed(f"{error!r}\n{guest.console_tail()}") from error
     return {"kind": kind, "number": number, **result, "seconds": round(time.monotonic() - started_s, 1)}
 

@@ -59,7 +59,7 @@ class Relief:
             try:
                 await self._relieve(all_stall=all_stall)
             except AgentError as error:
-                log.error("the balloon cannot give way: %s", error.desc)  # noqa: TRY400 - the reason says it all
+                log.warning("the balloon cannot give way: %s", error.desc)
 
     def _next_look_s(self) -> float | None:
         """When next to nothing could be left; None while there is nothing to give back."""
@@ -76,9 +76,10 @@ class Relief:
         relief = relief_bytes(now)
         if relief and (is_urgent or (all_stall and not is_ours)):
             result = await self._balloon.give_way(relief)
-            log.warning(
-                "memory is short: the balloon gave %d bytes back, %d are left", result.bytes, result.total_bytes
-            )
+            if result.bytes:  # not ten times a second that only the chunk is left which waits for its ack
+                log.warning(
+                    "memory is short: the balloon gave %d bytes back, %d are left", result.bytes, result.total_bytes
+                )
 
     def _hear(self, event: Event) -> bool:
         if event.data["cause"] == "inflate":

@@ -46,8 +46,7 @@ class Kind:
 KINDS = {
     "agent-killed": Kind("kill-agent", LONG_LEASE_MS, 1.0, ("agent-restarted",)),
     "guard-killed": Kind("kill-guard", LONG_LEASE_MS, 1.0, ("guard-lost",)),
-    # Long enough that the freeze itself never runs into its end, on a machine that does other things too.
-    "guard-stopped": Kind("stop-guard", 4_000, 4 + 7, ("lease-expired", "guard-lost")),
+    "guard-stopped": Kind("stop-guard", SHORT_LEASE_MS, SHORT_LEASE_MS / 1000 + 7, ("lease-expired", "guard-lost")),
     "host-gone": Kind("none", SHORT_LEASE_MS, SHORT_LEASE_MS / 1000 + 1, ("lease-expired",)),
     "host-gone-ended-by-another": Kind("none", LONG_LEASE_MS, 5.0, (None,)),
     "writer-parked": Kind("park", SHORT_LEASE_MS, SHORT_LEASE_MS / 1000 + 1, ("lease-expired",)),

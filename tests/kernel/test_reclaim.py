@@ -21,8 +21,12 @@ GIB = 1 << 30
 HOLE_END = 4 * GIB
 TMPFS = Path("/dev", "shm")
 NODES = [
-    *("-m", "1G", "-object", "memory-backend-memfd,id=a,size=512M,share=on"),
+    *("-m", "1G,slots=4,maxmem=16G", "-object", "memory-backend-memfd,id=a,size=512M,share=on"),
     *("-object", "memory-backend-memfd,id=b,size=512M,share=on", "-numa", "node,memdev=a", "-numa", "node,memdev=b"),
+]
+VIRTIO_MEM = [
+    *("-object", "memory-backend-memfd,id=vm,size=128M,share=on"),
+    *("-device", "virtio-mem-pci,id=vm0,memdev=vm,requested-size=128M"),
 ]
 # A small guest with memory on both sides of the hole below 4 GiB, and a DIMM after it.
 SMALL = ["-machine", "q35,memory-backend=ram,max-ram-below-4g=64M", *memory(128), *dimm("dimm0", 64)]
@@ -54,9 +58,30 @@ def ends(memory_map: MemoryMap) -> list[list[int]]:
             [[MIB, GIB - MIB], [HOLE_END, 256 * MIB], [HOLE_END + 256 * MIB, 128 * MIB]],
         ),
         (["-machine", "q35", *NODES], [[MIB, GIB // 2 - MIB], [GIB // 2, GIB // 2]]),
+        (
+            ["-machine", "pc", *NODES, *dimm("dimm0", 128)],
+            [[MIB, GIB // 2 - MIB], [GIB // 2, GIB // 2], [HOLE_END, 128 * MIB]],
+        ),
+        (["-machine", "q35,memory-backend=ram", *memory(64), "-device", "VGA"], [[MIB, 63 * MIB]]),
+        (["-machine", "q35,memory-backend=ram,smm=on", *memory(64)], [[MIB, 63 * MIB]]),
+        (["-machine", "q35,memory-backend=ram", *memory(64), *VIRTIO_MEM], [[MIB, 63 * MIB], [HOLE_END, 128 * MIB]]),
         (SMALL, SMALL_RAM),
     ],
-    ids=["q35-1g", "q35-5g", "pc-5g", "q35-below-1g", "pc-below-1g", "pc-dimms", "nodes", "small"],
+    ids=[
+        *(
+            "q35-1g",
+            "q35-5g",
+            "pc-5g",
+            "q35-below-1g",
+            "pc-below-1g",
+            "pc-dimms",
+            "nodes",
+            "nodes-dimm",
+            "video",
+            "smm",
+        ),
+        *("virtio-mem", "small"),
+    ],
 )
 async def test_an_address_of_the_guests_is_where_the_map_says(
     tmp_path: Path, arguments: list[str], expected: list[list[int]]
@@ -289,3 +314,11 @@ def test_a_piece_beyond_the_end_of_its_file_is_not_zero(tmp_path: Path) -> None:
 def test_the_neighbours_of_a_range_can_be_in_another_file() -> None:
     memory_map = MemoryMap([Region(MIB, MIB, 10, MIB, "a"), Region(2 * MIB, MIB, 11, 0, "b")])
     assert memory_map.locate([[MIB + 4096, MIB]]) == [Piece(10, MIB + 4096, MIB - 4096), Piece(11, 0, 4096)]
+
+
+async def test_a_dimm_that_is_plugged_in_is_on_the_map_at_once(tmp_path: Path) -> None:
+    async with stopped.stopped(tmp_path, *SMALL) as machine:
+        assert ends(await machine.memory()) == SMALL_RAM
+        await machine.qmp.run("object-add", qom_type="memory-backend-memfd", id="late", share=True, size=32 * MIB)
+        await machine.qmp.run("device_add", driver="pc-dimm", id="late0", memdev="late")
+        assert ends(await machine.memory()) == [*SMALL_RAM, [HOLE_END + GIB + 64 * MIB, 32 * MIB]]

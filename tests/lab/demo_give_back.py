@@ -46,8 +46,7 @@ class HostUse:
 async def read_use(guest: Guest) -> HostUse:
     """Count what is no hole in the files of the guest's memory.
 
-    Without asking QEMU where they are: `info mtree -f` (seen with 10.0.2) keeps a DIMM's memory that is there at the
-    time for ever. And they are open only meanwhile, since that would keep them too.
+    They are open only meanwhile: an open file would keep a DIMM's memory that QEMU has let go.
     """
     async with Qmp.connect(str(guest.qmp_path)) as qmp:
         pid = qmp.pid

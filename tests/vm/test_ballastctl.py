@@ -158,6 +158,8 @@ async def test_memory_comes_and_goes_whole(
         blocks: list[dict[str, Any]] = added["blocks"]
         assert [one["zone"] for one in blocks] == ["movable"] * 2
         assert (await agent.memory_status()).blocks.online == before.online + 2
+        # QEMU must not keep the DIMM later because it was asked, with it in place, where the guest's memory is.
+        await asyncio.to_thread(ctl, "balloon", "set", "64M")
         # No time for it: it stays, whole.
         options = ("--offline-timeout", "1ms")
         told = await asyncio.to_thread(ctl, "memory", "remove", "256M", options=options, status=1)
@@ -165,6 +167,7 @@ async def test_memory_comes_and_goes_whole(
         assert kept["result"] == "failed"
         assert kept["reason"].startswith("block ")
         assert (await agent.memory_status()).blocks.online == before.online + 2
+        await asyncio.to_thread(ctl, "balloon", "set", "0")
         removed = await asyncio.to_thread(ctl, "memory", "remove", "256M")
         assert removed["bytes"] == 256 * MIB
         await asyncio.to_thread(guest.bury, 256 * MIB)

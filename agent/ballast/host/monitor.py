@@ -9,30 +9,15 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-_VIEW = re.compile(r"^FlatView #\d+\n(?P<body>(?: .*\n)*)", re.MULTILINE)
-_SPACE = re.compile(r'^ AS "memory", root: system$', re.MULTILINE)
-_RANGE = re.compile(
-    r"  (?P<first>[0-9a-f]{16})-(?P<last>[0-9a-f]{16}) \(prio -?\d+, (?P<kind>[a-z/-]+)\): (?P<name>.+?)"
-    r"(?: @(?P<offset>[0-9a-f]{16}))?(?: KVM)?"
-)
 _BLOCK = re.compile(
     r" *(?:(?P<name>\S.*?) +)?(?P<page>\d+ [KMGT]iB) +0x[0-9a-f]+ +0x(?P<used>[0-9a-f]+) +0x(?P<total>[0-9a-f]+)"
     r" +0x(?P<address>[0-9a-f]+)(?: +(?:ro|rw))?"
 )
-_ADDRESS = re.compile(r"Host virtual address for 0x[0-9a-f]+ \((?P<name>.+)\) is 0x(?P<address>[0-9a-f]+)")
+_ADDRESS = re.compile(r"Host virtual address for 0x[0-9a-f]+ \(.+\) is 0x(?P<address>[0-9a-f]+)")
+_NO_ADDRESS = re.compile(r"No memory is mapped at address 0x[0-9a-f]+|Memory at address 0x[0-9a-f]+ is not RAM")
 _OBJECT = re.compile(r"(?P<indent> *)/(?P<name>.*) \((?P<type>[^()]*)\)")
 _NET_CLIENT = re.compile(r"(?: \\ (?:\S+: )?)?(?P<name>\S+): index=\d+,type=(?P<type>[a-z0-9-]+),?.*")
 _NET_OTHER = re.compile(r"hub \d+|filters:|  - \S+: type=.*| \\ \S+")
-
-
-@dataclass(frozen=True, slots=True)
-class FlatRange:
-    """RAM as the guest sees it: guest-physical address, and which part of which memory region it is."""
-
-    address: int
-    bytes: int
-    region: str
-    offset: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,26 +37,6 @@ class Object:
     type: str
 
 
-def parse_flat_view(text: str) -> list[FlatRange]:
-    """RAM of the address space "memory" in ``info mtree -f``, by rising address.
-
-    ``  0000000100000000-00000001bfffffff (prio 0, ram): ram @0000000080000000``
-    """
-    bodies = [match["body"] for match in _VIEW.finditer(text.replace("\r\n", "\n")) if _SPACE.search(match["body"])]
-    if len(bodies) != 1:
-        raise ValueError(f'{len(bodies)} views of the address space "memory"')
-    found = []
-    for line in bodies[0].splitlines():
-        if line.startswith((" AS ", " Root memory region: ")):
-            continue
-        if not (match := _RANGE.fullmatch(line)):
-            raise ValueError(f"no range: {line!r}")
-        if match["kind"] == "ram":
-            first, last = int(match["first"], 16), int(match["last"], 16)
-            found.append(FlatRange(first, last + 1 - first, match["name"], int(match["offset"] or "0", 16)))
-    return found
-
-
 def parse_ram_blocks(text: str) -> list[RamBlock]:
     """All blocks of ``info ramblock``. Without a name are those that no device uses yet, or any more.
 
@@ -88,14 +53,17 @@ def parse_ram_blocks(text: str) -> list[RamBlock]:
     return blocks
 
 
-def parse_host_address(text: str) -> tuple[str, int]:
-    """Memory region, and QEMU's own address, of ``gpa2hva``.
+def parse_host_address(text: str) -> int | None:
+    """QEMU's own address, of ``gpa2hva``; None where the guest has no RAM.
 
     ``Host virtual address for 0x100000000 (ram) is 0x7feddffff000``
     """
-    if not (match := _ADDRESS.fullmatch(text.strip())):
-        raise ValueError(f"no address: {text.strip()!r}")
-    return match["name"], int(match["address"], 16)
+    line = text.strip()
+    if match := _ADDRESS.fullmatch(line):
+        return int(match["address"], 16)
+    if _NO_ADDRESS.fullmatch(line):
+        return None
+    raise ValueError(f"no address: {line!r}")
 
 
 def parse_objects(text: str) -> list[Object]:

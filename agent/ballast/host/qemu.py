@@ -1,8 +1,7 @@
 """A QEMU on this host: where the guest's memory is, proven in two ways, and whether it may be punched.
 
-Nothing is computed from a machine type. The flat view of QEMU's memory says which part of which memory region is at a
-guest-physical address; ``gpa2hva`` says where that is in QEMU's own address space, and the kernel's table of mappings
-which part of which file is there. All of it must agree with the list of RAM blocks and with the file.
+QEMU says where in its own address space a guest-physical address is (``physical``), and the kernel's table of mappings
+which part of which file is there. Both must agree with QEMU's list of RAM blocks and with the file.
 """
 
 from __future__ import annotations
@@ -15,8 +14,9 @@ from typing import TYPE_CHECKING, Self
 from ballast.host import linux
 from ballast.host.hazards import check_hazards
 from ballast.host.linux import Mapping
-from ballast.host.machine import LOWEST_ADDRESS, MemoryMap, NotReclaimable, QmpFailed, Region
-from ballast.host.monitor import FlatRange, RamBlock, parse_flat_view, parse_host_address, parse_ram_blocks
+from ballast.host.machine import MemoryMap, NotReclaimable, QmpFailed, Region
+from ballast.host.monitor import RamBlock, parse_ram_blocks
+from ballast.host.physical import Physical, Run
 from ballast.host.qmp import Qmp
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ class Qemu:
         self._safe_vhost_user = safe_vhost_user
         self._listener = listener
         self._fds: dict[tuple[int, int], int] = {}
-        self._seen = ("", "")
-        self._map = MemoryMap([])
+        self._blocks: list[RamBlock] = []
+        self._runs: list[Run] = []
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -62,13 +62,10 @@ class Qemu:
         try:
             await check_hazards(self.qmp, self._safe_vhost_user)
             self._check_pins()
-            seen = (await self.qmp.ask_monitor("info mtree -f"), await self.qmp.ask_monitor("info ramblock"))
-            if seen != self._seen:
-                self._map = await self._read_map(parse_flat_view(seen[0]), parse_ram_blocks(seen[1]))
-                self._seen = seen
+            await self._find_runs()
         except ValueError as error:
             raise QmpFailed(f"cannot read what QEMU says of itself: {error}") from error
-        return self._map
+        return self._read_map()
 
     def _check_pins(self) -> None:
         try:
@@ -78,33 +75,25 @@ class Qemu:
         if pinned_bytes >= _PINNED_BYTES:
             raise NotReclaimable(f"QEMU has pinned {pinned_bytes >> 20} MiB: mem-lock=on, or a device's doing")
 
-    async def _read_map(self, ranges: Sequence[FlatRange], blocks: Sequence[RamBlock]) -> MemoryMap:
+    async def _find_runs(self) -> None:
+        """Find all RAM, or see that it still is where it was: no block came or went, and none has moved."""
+        blocks = parse_ram_blocks(await self.qmp.ask_monitor("info ramblock"))
+        physical = Physical(self.qmp, blocks)
+        if blocks != self._blocks or not all([await physical.holds(run) for run in self._runs]):
+            self._blocks = []
+            self._runs = await physical.runs()
+            self._blocks = blocks
+
+    def _read_map(self) -> MemoryMap:
         try:
             mappings = linux.read_maps(self.qmp.pid)
         except OSError as error:
             raise NotReclaimable(f"cannot see the memory of process {self.qmp.pid}: {error.strerror}") from error
-        usable = [one for one in ranges if one.address + one.bytes > LOWEST_ADDRESS]
-        return MemoryMap([self._region(one, await self._host_address(one), blocks, mappings) for one in usable])
+        return MemoryMap([self._region(run, mappings) for run in self._runs])
 
-    async def _host_address(self, one: FlatRange) -> int:
-        """Where a range begins in QEMU's own address space; asked for its first and last page."""
-        found = []
-        for address in (one.address, one.address + one.bytes - 1):
-            name, host_address = parse_host_address(await self.qmp.ask_monitor(f"gpa2hva {address:#x}"))
-            if name != one.region:
-                raise QmpFailed(f"QEMU has {one.region} at {address:#x}, and {name} too")
-            found.append(host_address)
-        if found[1] - found[0] != one.bytes - 1:
-            raise QmpFailed(f"{one.region} at {one.address:#x} is not in one piece")
-        return found[0]
-
-    def _region(
-        self, one: FlatRange, host_address: int, blocks: Sequence[RamBlock], mappings: Sequence[Mapping]
-    ) -> Region:
-        block = next((b for b in blocks if b.address + one.offset == host_address), None)
-        if block is None or one.offset + one.bytes > block.bytes:
-            raise QmpFailed(f"{one.region} at {one.address:#x} is in none of QEMU's RAM blocks")
-        mapping = next((m for m in mappings if m.start <= host_address < m.end), None)
+    def _region(self, run: Run, mappings: Sequence[Mapping]) -> Region:
+        block = run.block
+        mapping = next((m for m in mappings if m.start <= run.host_address < m.end), None)
         if mapping is None:
             raise NotReclaimable(
                 f"process {self.qmp.pid}, which opened {self.qmp.path}, is not QEMU: {block.name} is not in its memory"
@@ -113,11 +102,11 @@ class Qemu:
             raise NotReclaimable(
                 f"the memory {block.name} is private (share=off); it needs memory-backend-memfd,share=on"
             )
-        if host_address + one.bytes > mapping.end:
+        if run.host_address + run.bytes > mapping.end:
             raise QmpFailed(f"{block.name} is mapped in more than one piece")
-        if host_address - mapping.start + mapping.offset != one.offset:
+        if run.host_address - mapping.start + mapping.offset != run.offset:
             raise QmpFailed(f"{block.name} does not begin where its file does")
-        return Region(one.address, one.bytes, self._open(mapping, block), one.offset, block.name)
+        return Region(run.address, run.bytes, self._open(mapping, block), run.offset, block.name)
 
     def _open(self, mapping: Mapping, block: RamBlock) -> int:
         key = (mapping.device, mapping.inode)

@@ -40,6 +40,8 @@ CHUNK_BYTES = 32 << 20
 LEFT_BEFORE_MIB, LEFT_AFTER_MIB, PRESSED_MIB = 150, 12, 28
 BOOT_S = 12.0
 CGROUPS = "/sys/fs/cgroup/ballast.slice"
+# What udev would load at each boot and nobody here needs: it takes longer than all else in user space.
+NOT_NEEDED = "kvm_amd,kvm,ahci,libahci,libata,scsi_mod,aesni_intel,ghash_clmulni_intel,psmouse,evdev,i2c_i801,lpc_ich"
 # For many rounds in little time: the balloon tries again at once after it gave way, its floor is low, so that little
 # memory has to be filled again in each round, and a killed agent is back soon.
 HURRY = r"""
@@ -50,6 +52,9 @@ mkdir -p /etc/systemd/system/ballast-agent.service.d
 printf '[Service]\nRestartSec=0\n' >/etc/systemd/system/ballast-agent.service.d/hurry.conf
 systemctl daemon-reload
 systemctl restart ballast-agent
+# For huge pages Linux keeps so much free that a checker which leaves less is killed.
+echo vm.min_free_kbytes=3072 >/etc/sysctl.d/lab.conf
+sysctl -qp /etc/sysctl.d/lab.conf
 sync
 """
 
@@ -63,7 +68,8 @@ class RoundFailed(Exception):
 @contextlib.contextmanager
 def boot() -> Iterator[Guest]:
     """A small guest with agent and checker: what comes free in it is soon given to somebody else."""
-    with Guest(build("trixie"), token=TOKEN, memory_bytes=MEMORY_BYTES) as guest:
+    append = f"module_blacklist={NOT_NEEDED}"
+    with Guest(build("trixie"), token=TOKEN, memory_bytes=MEMORY_BYTES, append=append) as guest:
         guest.wait_boot()
         guest.install(packages())
         guest.put(IN_GUEST, CHECKER.read_bytes())
@@ -121,17 +127,14 @@ class _Round:
 
     async def run(self) -> dict[str, Any]:
         guest = self._guest
-        order(guest, f"grab {LEFT_BEFORE_MIB}")
-        order(guest, f"drop {LEFT_BEFORE_MIB}")
+        self._make_room()
         async with Qemu.connect(str(guest.qmp_path), ["vsock"]) as machine:
             if self._kind == "pressure":
                 await self._take_and_ack(2)
             async with _agent(guest) as agent:
                 reclaim = Reclaim(agent, machine)
                 await reclaim.begin()
-                reply = await reclaim.inflate((await agent.memory_status()).balloon.bytes + CHUNK_BYTES)
-                if reply.chunk is None:
-                    raise RoundFailed(f"no chunk was taken: {reply}")
+                reply = await _take(reclaim, (await agent.memory_status()).balloon.bytes + CHUNK_BYTES)
                 await self._harm(agent)
                 held = order(guest, f"grab {LEFT_AFTER_MIB}")
                 released, void = await self._go_on(machine, reclaim, reply)
@@ -144,10 +147,11 @@ class _Round:
     async def run_reset(self, *, is_late: bool) -> dict[str, Any]:
         """The same with a guest that begins anew: the hole comes somewhere in its boot, or when all is filled again."""
         guest = self._guest
+        self._make_room()
         async with Qemu.connect(str(guest.qmp_path), ["vsock"]) as machine, connected(guest) as agent:
             reclaim = Reclaim(agent, machine)
             await reclaim.begin()
-            reply = await reclaim.inflate(CHUNK_BYTES)
+            reply = await _take(reclaim, CHUNK_BYTES)
             guest.qmp("system_reset")
             early = ({"punched": 0, "not-zero": 0}, "")
             if not is_late:
@@ -162,6 +166,11 @@ class _Round:
             raise RoundFailed(f"{len(checked['bad'])} pages have changed: {checked['bad'][:5]}; {reply.ranges}")
         self._check_health()
         return {"careful": self._is_careful, "held-mib": held["pages"] // 256, **released, "void": void}
+
+    def _make_room(self) -> None:
+        """Data in all memory but what the balloon's floor and a chunk take."""
+        order(self._guest, f"grab {LEFT_BEFORE_MIB}")
+        order(self._guest, f"drop {LEFT_BEFORE_MIB}")
 
     async def _go_on(self, machine: Qemu, reclaim: Reclaim, reply: BalloonInflated) -> tuple[dict[str, int], str]:
         """Punch, as a host does that takes care, or as one that does not."""
@@ -218,6 +227,13 @@ class _Round:
         trouble = self._guest.run("dmesg | grep -E 'BUG|Oops|Bad page|general protection|segfault' || true").stdout
         if trouble:
             raise RoundFailed(f"the guest's kernel complains: {trouble}")
+
+
+async def _take(reclaim: Reclaim, target_bytes: int) -> BalloonInflated:
+    reply = await reclaim.inflate(target_bytes)
+    if reply.chunk is None:
+        raise RoundFailed(f"no chunk was taken: {reply}")
+    return reply
 
 
 def _figures(released: Released) -> dict[str, int]:

@@ -46,6 +46,7 @@ HURRY = r"""
 cd /usr/lib/ballast/ballast/guest/memory
 sed -i 's/^HOLD_OFF_S = .*/HOLD_OFF_S = 0.0/' balloon.py
 sed -i 's/^def floor_bytes(.*/&\n    return 64 << 20/' floor.py
+/usr/bin/python3 -m compileall -q balloon.py floor.py
 mkdir -p /etc/systemd/system/ballast-agent.service.d
 printf '[Service]\nRestartSec=0\n' >/etc/systemd/system/ballast-agent.service.d/hurry.conf
 systemctl daemon-reload

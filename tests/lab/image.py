@@ -37,6 +37,7 @@ PACKAGES = (
 EXCLUDED_PATHS = (
     "/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", "/usr/share/info/*", "/usr/share/lintian/*",
     "/usr/lib/systemd/system/multi-user.target.wants/systemd-logind.service",  # the bus starts it when it is asked
+    "/usr/share/initramfs-tools/*/udev", "/usr/share/initramfs-tools/scripts/*/udev",
     "/usr/lib/x86_64-linux-gnu/libLLVM*", "/usr/lib/x86_64-linux-gnu/libgallium*", "/usr/lib/x86_64-linux-gnu/dri/*",
 )  # fmt: skip
 
@@ -81,14 +82,9 @@ KillMode=process
     "/etc/udev/rules.d/99-lab-shell.rules": (
         'SUBSYSTEM=="virtio-ports", ATTR{name}=="lab.shell.0", TAG+="systemd", ENV{SYSTEMD_WANTS}="lab-shell.service"\n'
     ),
-    # Only what finds the root file system on a virtio disk: a small initrd is a fast boot.
+    # Only what finds the root file system on a virtio disk, and no udev for it: a small initrd is a fast boot.
     "/etc/initramfs-tools/conf.d/lab": "MODULES=list\nRUNSIZE=10%\nRESUME=none\n",
-    "/etc/initramfs-tools/hooks/lab": """\
-#!/bin/sh
-case $1 in prereqs) exit 0 ;; esac
-. /usr/share/initramfs-tools/hook-functions
-manual_add_modules virtio_pci virtio_blk ext4
-""",
+    "/etc/initramfs-tools/modules": "virtio_pci\nvirtio_blk\next4\n",
 }
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.lab.image import ROOT_LABEL, Image, cache_dir
+from tests.lab.image import Image, cache_dir
 
 START_TIMEOUT_S = 20
 GUEST_CID = 42
@@ -21,9 +21,7 @@ CPUS = 2
 SLOTS = 16
 MEMORY_MAX_BYTES = 8 << 30
 # memhp_default_state: Debian 12's kernel leaves hot-added memory offline, Debian 13's would not.
-KERNEL_ARGUMENTS = (
-    f"root=LABEL={ROOT_LABEL} rw fsck.mode=skip console=ttyS0 quiet mitigations=off memhp_default_state=offline"
-)
+KERNEL_ARGUMENTS = "root=/dev/vda rw fsck.mode=skip console=ttyS0 quiet mitigations=off memhp_default_state=offline"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,12 +1,13 @@
 """The host's own kernel calls: holes in memory that is a file, and which file a process has mapped where.
 
-fallocate(2), lseek(2), proc(5), unix(7), include/uapi/linux/falloc.h and magic.h. No policy; OSError.
+fallocate(2), mincore(2), proc(5), unix(7), include/uapi/linux/falloc.h and magic.h. No policy; OSError.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
 import re
 import socket
@@ -17,6 +18,7 @@ from pathlib import Path
 TMPFS_MAGIC = 0x01021994
 HUGETLBFS_MAGIC = 0x958458F6
 _KEEP_SIZE, _PUNCH_HOLE = 0x01, 0x02
+_MAP_FAILED = ctypes.c_void_p(-1).value
 
 _MAPPING = re.compile(
     r"(?P<start>[0-9a-f]+)-(?P<end>[0-9a-f]+) (?P<modes>[rwxps-]{4}) (?P<offset>[0-9a-f]+) "
@@ -25,6 +27,10 @@ _MAPPING = re.compile(
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long)
+_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_libc.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
 _libc.fstatfs.argtypes = (ctypes.c_int, ctypes.c_char_p)
 
 
@@ -41,18 +47,21 @@ def punch_hole(fd: int, offset: int, bytes_: int) -> None:
 
 
 def allocated_bytes(fd: int, offset: int, bytes_: int) -> int:
-    """How much of a range is no hole."""
-    end, total_bytes = offset + bytes_, 0
-    while offset < end:
-        try:
-            data = os.lseek(fd, offset, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno == errno.ENXIO:  # "there is no more data"
-                break
-            raise
-        offset = max(data, os.lseek(fd, data, os.SEEK_HOLE))
-        total_bytes += max(0, min(offset, end) - data)
-    return total_bytes
+    """How much of a range is in memory: neither a hole nor swapped out. Whole pages.
+
+    SEEK_HOLE would walk on over all data behind the range, 10 ms for each GiB of it.
+    """
+    page_bytes = mmap.PAGESIZE
+    resident = ctypes.create_string_buffer(bytes_ // page_bytes)
+    address = _libc.mmap(None, bytes_, mmap.PROT_READ, mmap.MAP_SHARED, fd, offset)
+    if address == _MAP_FAILED:
+        raise OSError(ctypes.get_errno(), f"mmap: {os.strerror(ctypes.get_errno())}")
+    try:
+        if _libc.mincore(address, bytes_, resident) != 0:
+            raise OSError(ctypes.get_errno(), f"mincore: {os.strerror(ctypes.get_errno())}")
+    finally:
+        _libc.munmap(address, bytes_)
+    return page_bytes * (len(resident) - resident.raw.count(0))
 
 
 def filesystem_magic(fd: int) -> int:

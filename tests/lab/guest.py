@@ -5,12 +5,10 @@ with the thread that started it (PR_SET_PDEATHSIG), so start guests from a threa
 """
 
 import base64
-import os
 import re
 import shutil
 import socket
 import subprocess
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +27,6 @@ ANSWER_GRACE_S = 30
 CONSOLE_TAIL_LINES = 40
 # How much of a failed command's output its exception carries, from the end.
 SAID_CHARS = 4000
-DIR_PREFIX = "ballast-guest-"
 # "Block Name    PSize" and so on; a block without a name begins with its page size.
 NAMELESS_RAM = re.compile(r"^ +\d+ [KMG]iB ", re.MULTILINE)
 
@@ -81,8 +78,7 @@ class Guest:
         machine: str = "",
     ) -> None:
         self.image = image
-        _sweep()
-        self.dir = Path(tempfile.mkdtemp(prefix=f"{DIR_PREFIX}{os.getpid()}-"))
+        self.dir = qemu.make_folder()
         self.console = self.dir / "console.log"
         self.ballast_port = self.dir / "ballast.sock"
         self.qga_port = self.dir / "qga.sock"
@@ -98,6 +94,7 @@ class Guest:
         self._processes: list[subprocess.Popen[bytes]] = []
         self._channels: list[Channel] = []
         self._buried = 0
+        self._was_up = False
 
     def __enter__(self) -> Self:
         try:
@@ -114,7 +111,8 @@ class Guest:
 
     def close(self) -> None:
         """Kill the guest's processes and remove its folder. May be called again."""
-        for process in reversed(self._processes):
+        while self._processes:
+            process = self._processes.pop()
             process.kill()
             process.wait()
         for channel in self._channels:
@@ -163,6 +161,18 @@ class Guest:
 
     def wait_boot(self, timeout_s: float = BOOT_TIMEOUT_S) -> None:
         """Wait until systemd says `running`, then mount the data disks; also after a reboot. Raises BootFailed."""
+        try:
+            self._wait_boot(timeout_s)
+        except BootFailed:
+            if self._was_up or not qemu.is_known_crash(self.dir):
+                raise
+            self.close()
+            self.dir.mkdir(mode=0o700)
+            self._start()
+            self._wait_boot(timeout_s)
+        self._was_up = True
+
+    def _wait_boot(self, timeout_s: float) -> None:
         deadline_s = time.monotonic() + timeout_s
         try:
             state = self.run(["systemctl", "is-system-running", "--wait"], timeout_s=timeout_s, check=False)
@@ -289,10 +299,3 @@ class Guest:
             time.sleep(0.01)
         self._buried += 1
         self.qmp("object-add", qom_type="memory-backend-ram", id=f"buried-{self._buried}", size=bytes_)
-
-
-def _sweep() -> None:
-    """Remove the folders of test processes that were killed."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{DIR_PREFIX}*-*"):
-        if not Path("/proc", folder.name.removeprefix(DIR_PREFIX).split("-")[0]).exists():
-            shutil.rmtree(folder, ignore_errors=True)

@@ -42,7 +42,8 @@ from ballast.guest.memory.pressure import Pressure
 from ballast.guest.memory.relief import Relief
 from ballast.guest.memory.status import MemoryFacts
 from ballast.guest.peer import Bounds, Peers
-from ballast.guest.quiesce.session import LEASE_MAX_MS, Quiesce
+from ballast.guest.quiesce.outlook import LEASE_MAX_MS
+from ballast.guest.quiesce.session import Quiesce
 from ballast.guest.service import dbus
 from ballast.guest.service.systemd import JournalHandler, feed_watchdog, passed_sockets, read_credential
 from ballast.guest.transports import unix, virtio_serial, vsock

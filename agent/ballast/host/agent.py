@@ -24,6 +24,7 @@ from ballast.wire.names import (
     PsiTrigger,
     QuiesceBegun,
     QuiesceEnded,
+    QuiesceForecast,
     QuiesceRenewed,
     QuiesceStatus,
     Zone,
@@ -209,6 +210,21 @@ class Agent(Connection):
     async def quiesce_end(self, id_: str, timeout_s: float = THAW_TIMEOUT_S) -> QuiesceEnded:
         """Thaw, and learn whether it held; a repeat of ``id_`` gets the same answer."""
         return await self._ask(QuiesceEnded, "ballast-quiesce-end", timeout_s=timeout_s, id_=id_)
+
+    async def quiesce_forecast(
+        self,
+        lease_ms: int | None = None,
+        mountpoints: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
+    ) -> QuiesceForecast:
+        """What a freeze would cover, in which order, and what may go wrong in it."""
+        return await self._ask(
+            QuiesceForecast,
+            "ballast-quiesce-forecast",
+            lease_ms=lease_ms,
+            mountpoints=mountpoints,
+            exclude=exclude,
+        )
 
     async def quiesce_status(self) -> QuiesceStatus:
         """Tell whether something is frozen, by whom and for how long."""

@@ -24,6 +24,7 @@ EndReason = Literal[
     "guard-lost",
     "writer-lost",
 ]
+RiskKind = Literal["hung-task-panic", "watchdog", "nfs-export", "hidden-disk", "logger"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,6 +257,32 @@ class QuiesceStatus:
     id: str | None = None
     lease_left_ms: int | None = None
     filesystems: list[FilesystemResult] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A file system that a freeze would leave out."""
+
+    mountpoint: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Risk:
+    """What may go wrong in a freeze; ``detail`` names the culprit."""
+
+    kind: RiskKind
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class QuiesceForecast:
+    """``ballast-quiesce-forecast``: ``order`` has mount points, level by level, children before what backs them."""
+
+    order: list[list[str]]
+    skip: list[Skipped]
+    risks: list[Risk]
+    dirty_bytes: int
 
 
 @dataclass(frozen=True, slots=True)

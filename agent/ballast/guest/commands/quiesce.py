@@ -9,7 +9,7 @@ from typing import Literal
 
 from ballast.guest.dispatch import command
 from ballast.guest.quiesce.session import Quiesce
-from ballast.wire.names import QuiesceBegun, QuiesceEnded, QuiesceRenewed, QuiesceStatus
+from ballast.wire.names import QuiesceBegun, QuiesceEnded, QuiesceForecast, QuiesceRenewed, QuiesceStatus
 
 
 class QuiesceCommands:
@@ -54,6 +54,17 @@ class QuiesceCommands:
     async def status(self) -> QuiesceStatus:
         """What is frozen now, and for how long still. Since 0.1."""
         return self._quiesce.status()
+
+    @command("ballast-quiesce-forecast")
+    async def forecast(
+        self, *, lease_ms: int | None = None, mountpoints: list[str] | None = None, exclude: list[str] | None = None
+    ) -> QuiesceForecast:
+        """What a freeze would cover, in which order, and what may go wrong in it. Changes nothing.
+
+        Arguments: as those of ``ballast-quiesce-begin``; ``lease-ms`` is the configured one if absent.
+        Errors: bad-argument, deadline. Since 0.1.
+        """
+        return await self._quiesce.outlook.forecast(lease_ms, mountpoints=mountpoints, exclude=exclude or ())
 
     @command("guest-fsfreeze-status", while_frozen=True)
     async def fsfreeze_status(self) -> str:

@@ -129,7 +129,7 @@ def _backing(tree: Tree, filesystem: FileSystem, filesystems: list[FileSystem]) 
     device = _block_device(tree, filesystem)
     found = set()
     for file in _backing_files(tree, f"sys/dev/block/{device}", depth=8) if device else ():
-        holder = _holder_of(file, filesystems)
+        holder = holder_of(file, filesystems)
         if holder:
             found.add(holder)
     return found
@@ -169,8 +169,8 @@ def _backing_files(tree: Tree, device: str, *, depth: int) -> list[str]:
     return [file for parent in parents for file in _backing_files(tree, parent, depth=depth - 1)]
 
 
-def _holder_of(file: str, filesystems: list[FileSystem]) -> str | None:
-    """The file system whose mount point is the longest prefix of ``file``."""
+def holder_of(file: str, filesystems: list[FileSystem]) -> str | None:
+    """The device of the file system whose mount point is the longest prefix of ``file``."""
     points = [
         (len(point.rstrip("/")), filesystem.device)
         for filesystem in filesystems

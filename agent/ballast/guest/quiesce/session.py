@@ -19,11 +19,18 @@ from ballast.guest.config import Quiesce as Settings
 from ballast.guest.events import Events
 from ballast.guest.linux.tree import Tree
 from ballast.guest.quiesce import guard_protocol, record
-from ballast.guest.quiesce.forecast import Plan, plan_freeze
+from ballast.guest.quiesce.forecast import Plan
 from ballast.guest.quiesce.guard_protocol import boottime_s
 from ballast.guest.quiesce.hold import Hold, Order, Surroundings
+from ballast.guest.quiesce.outlook import Outlook, check_lease
 from ballast.guest.quiesce.recovery import clean_up
-from ballast.wire.errors import AgentError, BadRequest, Busy, KernelFailure, LeaseExpired, NoSuchId, NotSupported
+from ballast.wire.errors import (
+    BadRequest,
+    Busy,
+    KernelFailure,
+    LeaseExpired,
+    NoSuchId,
+)
 from ballast.wire.names import (
     EndReason,
     FilesystemResult,
@@ -37,7 +44,6 @@ from ballast.wire.shape import read_record, to_wire
 
 log = logging.getLogger(__name__)
 
-LEASE_MIN_MS, LEASE_MAX_MS = 1_000, 600_000
 _ID_MAX = 128
 _GUARD_CGROUP = "sys/fs/cgroup/ballast.slice/ballast-guard.service/cgroup.procs"
 _QGA_PREFIX = "qga-"
@@ -55,6 +61,7 @@ class Quiesce:
         record_path: Path = record.PATH,
         guard_path: str = guard_protocol.SOCKET_PATH,
     ) -> None:
+        self.outlook = Outlook(tree, settings)
         self._tree = tree
         self._events = events
         self._settings = settings
@@ -99,7 +106,7 @@ class Quiesce:
         """Freeze, and hold for ``lease_ms``. BadRequest, Busy, KernelFailure, DeadlineExceeded, LeaseExpired."""
         if not 0 < len(session_id) <= _ID_MAX:
             raise BadRequest(f"Parameter 'id' expects 1 to {_ID_MAX} characters", argument="id")
-        _check_lease(lease_ms)
+        check_lease(lease_ms)
         await self._settle()
         if self._current is not None and self._current.order.id == session_id:
             return await asyncio.shield(self._current.begun)
@@ -108,12 +115,12 @@ class Quiesce:
             raise LeaseExpired("the session was ended before it began")
         if session_id in self._record.answers:
             raise BadRequest("Parameter 'id' names a session that has ended", argument="id")
-        plan = self._plan(mountpoints, exclude)
+        plan = self.outlook.plan(mountpoints, exclude)
         return await self._start(Order(session_id, lease_ms / 1000, degrade), plan)
 
     async def renew(self, session_id: str, lease_ms: int) -> QuiesceRenewed:
         """Let the lease end ``lease_ms`` from now. LeaseExpired if it has ended, NoSuchId."""
-        _check_lease(lease_ms)
+        check_lease(lease_ms)
         await self._recovered.wait()
         if self._current is None or self._current.order.id != session_id:
             if session_id in self._record.answers:
@@ -158,7 +165,7 @@ class Quiesce:
         await self._settle()
         self._refuse_while_held()
         session_id = _QGA_PREFIX + str(uuid.uuid4())
-        plan = self._plan(mountpoints, (), strict=False)
+        plan = self.outlook.plan(mountpoints, (), strict=False)
         begun = await self._start(Order(session_id, self._settings.lease_ms / 1000), plan)
         count = _count(begun.filesystems, "frozen")
         if count == 0:  # nothing was frozen, so nobody will ask for the thaw
@@ -208,22 +215,6 @@ class Quiesce:
         self._idle.clear()
         self._new.set()
         return await asyncio.shield(self._current.begun)
-
-    def _plan(self, mountpoints: Collection[str] | None, exclude: Collection[str], *, strict: bool = True) -> Plan:
-        try:
-            plan = plan_freeze(self._tree, only=mountpoints, exclude=exclude)
-        except (OSError, ValueError) as error:
-            raise AgentError(f"cannot read the table of mounts: {error}") from error
-        if len(plan.filesystems) > guard_protocol.MAX_FILESYSTEMS:
-            raise NotSupported(f"more than {guard_protocol.MAX_FILESYSTEMS} file systems")
-        known = {point for f in plan.filesystems for point in f.mountpoints}
-        known |= {point for s in plan.skipped for point in s.filesystem.mountpoints}
-        unknown = sorted(set(mountpoints or ()) - known)
-        if strict and unknown:
-            raise BadRequest(
-                f"Parameter 'mountpoints' names no mount point: {', '.join(unknown)}", argument="mountpoints"
-            )
-        return plan
 
     # The record in /run, and what it is for.
 
@@ -279,11 +270,6 @@ class Quiesce:
             self._record.remember(left.id, to_wire(ended), now_s=boottime_s(), unreported=unreported)
         self._write_record()
         log.warning("freeze %s was ended by a restart of the agent: %s", left.id, asdict(ended))
-
-
-def _check_lease(lease_ms: int) -> None:
-    if not LEASE_MIN_MS <= lease_ms <= LEASE_MAX_MS:
-        raise BadRequest(f"Parameter 'lease-ms' expects {LEASE_MIN_MS} to {LEASE_MAX_MS}", argument="lease-ms")
 
 
 def _count(filesystems: list[FilesystemResult], state: str) -> int:

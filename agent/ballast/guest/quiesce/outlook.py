@@ -1,0 +1,69 @@
+"""What a peer asked to freeze, checked; and a forecast of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection
+
+from ballast.guest.config import Quiesce as Settings
+from ballast.guest.linux.tree import Tree
+from ballast.guest.quiesce import guard_protocol
+from ballast.guest.quiesce.forecast import Plan, plan_freeze
+from ballast.guest.quiesce.risks import foretell
+from ballast.guest.threads import in_thread
+from ballast.wire.errors import AgentError, BadRequest, DeadlineExceeded, NotSupported
+from ballast.wire.names import QuiesceForecast
+
+LEASE_MIN_MS, LEASE_MAX_MS = 1_000, 600_000
+FORECAST_TIMEOUT_S = 10.0
+
+
+class Outlook:
+    """Looks; changes nothing."""
+
+    def __init__(self, tree: Tree, settings: Settings) -> None:
+        self._tree = tree
+        self._settings = settings
+
+    def plan(self, mountpoints: Collection[str] | None, exclude: Collection[str], *, strict: bool = True) -> Plan:
+        """What to freeze, and in which order. BadRequest for a mount point that is none, unless not ``strict``.
+
+        NotSupported if there are too many, AgentError if the table of mounts cannot be read.
+        """
+        try:
+            plan = plan_freeze(self._tree, only=mountpoints, exclude=exclude)
+        except (OSError, ValueError) as error:
+            raise AgentError(f"cannot read the table of mounts: {error}") from error
+        if len(plan.filesystems) > guard_protocol.MAX_FILESYSTEMS:
+            raise NotSupported(f"more than {guard_protocol.MAX_FILESYSTEMS} file systems")
+        known = {point for f in plan.filesystems for point in f.mountpoints}
+        known |= {point for s in plan.skipped for point in s.filesystem.mountpoints}
+        unknown = sorted(set(mountpoints or ()) - known)
+        if strict and unknown:
+            raise BadRequest(
+                f"Parameter 'mountpoints' names no mount point: {', '.join(unknown)}", argument="mountpoints"
+            )
+        return plan
+
+    async def forecast(
+        self, lease_ms: int | None = None, *, mountpoints: Collection[str] | None = None, exclude: Collection[str] = ()
+    ) -> QuiesceForecast:
+        """What a freeze would cover, and what may go wrong in it. As ``plan``, and DeadlineExceeded."""
+        lease_ms = self._settings.lease_ms if lease_ms is None else lease_ms
+        check_lease(lease_ms)
+        plan = self.plan(mountpoints, exclude)
+        # A daemon's file can be on a disk that does not answer.
+        look = in_thread(lambda: foretell(self._tree, plan, lease_ms / 1000), name="quiesce-forecast")
+        try:
+            async with asyncio.timeout(FORECAST_TIMEOUT_S):
+                return await look
+        except TimeoutError as error:
+            raise DeadlineExceeded(f"no forecast within {FORECAST_TIMEOUT_S:g} s: a disk does not answer") from error
+        except (OSError, ValueError) as error:
+            raise AgentError(f"cannot look at the system: {error}") from error
+
+
+def check_lease(lease_ms: int) -> None:
+    """BadRequest for a lease that is too short or too long."""
+    if not LEASE_MIN_MS <= lease_ms <= LEASE_MAX_MS:
+        raise BadRequest(f"Parameter 'lease-ms' expects {LEASE_MIN_MS} to {LEASE_MAX_MS}", argument="lease-ms")

@@ -21,7 +21,9 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
-from dbus_next import Message, MessageFlag, MessageType, SignatureTree
+from dbus_next import Message as Message
+from dbus_next import MessageFlag, SignatureTree
+from dbus_next import MessageType as MessageType
 from dbus_next import Variant as Variant
 from dbus_next._private.unmarshaller import Unmarshaller
 
@@ -62,7 +64,7 @@ class Call:
         """What it carries, of the types in ``signature``. ValueError if that is too long or no proper message."""
         if self._frame is None:
             raise ValueError(f"the arguments are longer than {BODY_LIMIT_BYTES} bytes")
-        message = _decode(self._frame)
+        message = decode(self._frame)
         if message is None:
             raise ValueError("the arguments are malformed")
         return list(message.body)
@@ -237,7 +239,7 @@ class _Connection:
         else:
             await self._skip(body_bytes)
         # With a body of no bytes it is the header alone.
-        header = _decode(fixed[:_BODY_BYTES_AT] + bytes(4) + fixed[_BODY_BYTES_AT + 4 :] + fields)
+        header = decode(fixed[:_BODY_BYTES_AT] + bytes(4) + fixed[_BODY_BYTES_AT + 4 :] + fields)
         if header is None:
             return
         if header.message_type is MessageType.METHOD_CALL:
@@ -246,7 +248,7 @@ class _Connection:
             self._settle(self._asked[header.reply_serial], frame)
 
     def _settle(self, asked: asyncio.Future[Any], frame: bytes | None) -> None:
-        message = _decode(frame) if frame is not None else None
+        message = decode(frame) if frame is not None else None
         if asked.done() or message is None:
             return
         value = message.body[0] if message.body else None
@@ -261,7 +263,7 @@ class _Connection:
             count_bytes -= len(await self._reader.readexactly(min(count_bytes, BODY_LIMIT_BYTES)))
 
 
-def _decode(frame: bytes) -> Message | None:
+def decode(frame: bytes) -> Message | None:
     """Read a whole message; None for one that the library cannot read: the next one may be better."""
     # It remembers each signature that it ever saw, and strangers choose them.
     if len(SignatureTree._cache) > _SIGNATURES_MAX:

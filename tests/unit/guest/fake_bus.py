@@ -47,6 +47,18 @@ def signal(signature: str, body: bytes) -> bytes:
     return frame(MessageType.SIGNAL, fields, body)
 
 
+def owner_changed(name: str, owner: str, sender: str = "org.freedesktop.DBus") -> bytes:
+    """What the bus tells of a name: whose it was leaves open, whose it is is ``owner``."""
+    fields = {
+        _PATH: Variant("o", "/org/freedesktop/DBus"),
+        _INTERFACE: Variant("s", "org.freedesktop.DBus"),
+        _MEMBER: Variant("s", "NameOwnerChanged"),
+        _SENDER: Variant("s", sender),
+        _SIGNATURE: Variant("g", "sss"),
+    }
+    return frame(MessageType.SIGNAL, fields, bytes(Marshaller("sss", [name, "", owner]).marshall()))
+
+
 def answer(serial: int, number: int, sender: str = "org.freedesktop.DBus") -> bytes:
     """The answer "u" to the message with that number."""
     fields = {_REPLY_SERIAL: Variant("u", serial), _SENDER: Variant("s", sender), _SIGNATURE: Variant("g", "u")}

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from dbus_next import SignatureTree
 
-from ballast.guest import bus as bus_module
-from ballast.guest.bus import QUEUE_BYTES, Bus, Call, Handler
+from ballast.guest import bus_connection
+from ballast.guest.bus import Bus, Call, Handler
+from ballast.guest.bus_connection import QUEUE_BYTES
 from tests.unit.guest.fake_bus import FakeBus, answer, call, signal
 from tests.unit.guest.private_bus import DEADLINE_S, PrivateBus
 
@@ -107,7 +108,7 @@ async def test_a_bus_that_lets_us_not_in_is_left_at_once(tmp_path: Path, run: Ru
 
 
 async def test_a_bus_that_says_nothing_is_given_up(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bus_module, "ANSWER_S", 0.01)
+    monkeypatch.setattr(bus_connection, "ANSWER_S", 0.01)
     async with asyncio.timeout(DEADLINE_S), FakeBus(tmp_path / "bus") as fake:
         run(fake.path)
         for _ in range(3):
@@ -188,7 +189,7 @@ async def test_a_bus_that_never_takes_the_answers_is_left(
     async with asyncio.timeout(DEADLINE_S), FakeBus(tmp_path / "bus") as fake:
         run(fake.path, lambda call: call.answer("s", "x" * 1000))
         _, writer = await fake.accept_and_name()
-        monkeypatch.setattr(bus_module, "ANSWER_S", 0.05)
+        monkeypatch.setattr(bus_connection, "ANSWER_S", 0.05)
         writer.write(call("a.b", "C", "/") * 3_000)
         await fake.accept()
 

@@ -1,0 +1,65 @@
+"""Somebody else on the bus, who answers what a test wants."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from pathlib import Path
+from typing import Any, Self
+
+from ballast.guest.bus_connection import Connection, Message, decode
+
+Answer = tuple[str, list[Any]]
+
+
+class Peer:
+    """``name`` is its own. Each call is put into ``asked`` and gets ``answers[member]``, else ``answer``."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.name = ""
+        self.asked: asyncio.Queue[Message] = asyncio.Queue()
+        self.answer: Answer = ("", [])
+        self.answers: dict[str, Answer] = {}
+        self.error = ""
+        self.is_silent = False
+
+    async def __aenter__(self) -> Self:
+        self._connection = await Connection.open(str(self._path))
+        named = self._connection.ask("Hello")
+        self._reading = asyncio.create_task(self._connection.receive_all(self._take))
+        self.name = (await named).body[0]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.leave()
+        with contextlib.suppress(OSError, EOFError, asyncio.CancelledError):
+            await self._reading
+
+    def leave(self) -> None:
+        """Hang up."""
+        self._connection.close()
+
+    async def take(self, count: int) -> list[str]:
+        """Wait until it was called that many times more; the members."""
+        return [str((await self.asked.get()).member) for _ in range(count)]
+
+    async def call(self, interface: str, path: str, member: str, signature: str, *values: Any) -> list[Any]:
+        """Call the agent. BusError."""
+        # Answers are taken from a unique name only.
+        owner = (await self._connection.ask("GetNameOwner", "s", "org.ballast.Agent1")).body[0]
+        message = Message(owner, path, interface, member, signature=signature, body=list(values))
+        return list((await self._connection.call(message)).body)
+
+    def _take(self, header: Message, frame: bytes | None) -> None:
+        assert frame is not None
+        message = decode(frame)
+        assert message is not None
+        self.asked.put_nowait(message)
+        if self.is_silent:
+            return
+        if self.error:
+            self._connection.send(Message.new_error(message, self.error, "no, not now"))
+        else:
+            signature, body = self.answers.get(str(message.member), self.answer)
+            self._connection.send(Message.new_method_return(message, signature, body))

@@ -24,7 +24,18 @@ EndReason = Literal[
     "guard-lost",
     "writer-lost",
 ]
-RiskKind = Literal["hung-task-panic", "watchdog", "nfs-export", "hidden-disk", "logger"]
+RiskKind = Literal[
+    "hung-task-panic",
+    "watchdog",
+    "nfs-export",
+    "hidden-disk",
+    "logger",
+    "swap-file",
+    "own-file",
+    "fanotify",
+    "timer",
+    "multipath",
+]
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,22 @@ def make_tree(tmp_path: Path) -> MakeTree:
         return Tree(root)
 
     return make
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> Iterator[list[str]]:
+    """Every file and folder that is opened below ``make_tree``'s root from now on, without the root."""
+    root = f"{tmp_path / 'kernel'}/"
+    found: list[str] = []
+    listening = True
+
+    def hear(event: str, arguments: tuple[object, ...]) -> None:
+        if listening and event in ("open", "os.listdir", "os.scandir") and str(arguments[0]).startswith(root):
+            found.append(str(arguments[0]).removeprefix(root))
+
+    sys.addaudithook(hear)  # for as long as Python runs
+    yield found
+    listening = False
 
 
 @pytest.fixture(params=RECORDED)

@@ -11,30 +11,17 @@ import fnmatch
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from ballast.guest.linux.mountinfo import Mount, parse_mountinfo
 from ballast.guest.linux.tree import Tree
+from ballast.guest.quiesce.graph import FileSystem as FileSystem
+from ballast.guest.quiesce.graph import Graph
 
-# Types without a block device of their own that still hold somebody's data: said aloud, since a backup lacks them.
+# Without a block device of their own, but with somebody's data: said aloud, since a backup lacks them.
 _NETWORK = frozenset({"nfs", "nfs4", "cifs", "smb3", "9p", "ceph", "glusterfs", "autofs", "afs", "virtiofs", "fuse"})
-_UNFREEZABLE = frozenset({"overlay", "zfs", "tmpfs", "ramfs", "aufs", "ecryptfs"}) | _NETWORK
+_UNFREEZABLE = frozenset({"overlay", "zfs", "tmpfs", "ramfs", "aufs", "ecryptfs"})
+# On a block device, but without freeze_fs in their super_operations (fs/ioctl.c, ioctl_fsfreeze; Linux 6.1 to 6.12).
+_UNFREEZABLE |= {"vfat", "msdos", "exfat", "ntfs3", "fuseblk", "udf", "hfs", "hfsplus"}
 # Where a tmpfs belongs to the running system and nobody misses it in a backup.
 _VOLATILE = ("/run", "/dev", "/sys", "/proc")
-
-
-@dataclass(frozen=True, slots=True)
-class FileSystem:
-    """A superblock: "major:minor", all its mount points (oldest first), and what it is."""
-
-    device: str
-    type: str
-    source: str
-    mountpoints: tuple[str, ...]
-    is_read_only: bool = False
-
-    @property
-    def mountpoint(self) -> str:
-        """The name that reports call it by."""
-        return self.mountpoints[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,117 +51,51 @@ def plan_freeze(tree: Tree, *, only: Collection[str] | None = None, exclude: Ite
     ``only`` names mount points (all if None; those that are none are the caller's affair); ``exclude`` holds globs.
     OSError, ValueError if the table cannot be read.
     """
+    graph = Graph(tree)
     wanted, skipped = [], []
     globs = list(exclude)
-    for filesystem in read_filesystems(tree):
+    for filesystem in graph.filesystems.values():
         if only is not None and not set(only) & set(filesystem.mountpoints):
             continue
-        reason = _why_not(filesystem, globs)
+        reason = _why_not(graph, filesystem, globs)
         if reason is None:
             wanted.append(filesystem)
         elif reason:
             skipped.append(Skipped(filesystem, reason))
-    return Plan(_in_levels(tree, wanted), tuple(skipped))
+    return Plan(_in_levels(graph, wanted), tuple(skipped))
 
 
-def read_filesystems(tree: Tree) -> list[FileSystem]:
-    """Every superblock in PID 1's mount namespace. Our own may hide some, so it is not what counts."""
-    mounts: dict[str, list[Mount]] = {}
-    for mount in parse_mountinfo(tree.read("proc/1/mountinfo")):
-        mounts.setdefault(mount.device, []).append(mount)
-    return [
-        FileSystem(
-            device,
-            same[0].type,
-            same[0].source,
-            tuple(dict.fromkeys(mount.mountpoint for mount in same)),
-            is_read_only="ro" in same[0].super_options,
-        )
-        for device, same in mounts.items()
-    ]
+def may_not_answer(filesystem: FileSystem) -> bool:
+    """Whether opening what is on it waits for a server, an automounter or a process."""
+    return filesystem.type in _NETWORK or filesystem.type.startswith("fuse.")
 
 
-def _why_not(filesystem: FileSystem, exclude: list[str]) -> str | None:
+def _why_not(graph: Graph, filesystem: FileSystem, exclude: list[str]) -> str | None:
     """None to freeze it; "" to leave it out without a word; else the reason."""
-    if filesystem.type in _UNFREEZABLE or filesystem.type.startswith("fuse."):
+    if filesystem.type in _UNFREEZABLE or may_not_answer(filesystem):
         volatile = all(
             (point + "/").startswith(tuple(root + "/" for root in _VOLATILE)) for point in filesystem.mountpoints
         )
-        return "" if volatile else f"{filesystem.type} cannot be frozen"
-    if not _has_storage(filesystem):
+        return "" if volatile else f"{filesystem.type} cannot be frozen{_but(graph, filesystem)}"
+    if not filesystem.has_disk:
         return ""
     if any(fnmatch.fnmatch(point, glob) for point in filesystem.mountpoints for glob in exclude):
         return "excluded"
     return "read-only" if filesystem.is_read_only else None
 
 
-def _has_storage(filesystem: FileSystem) -> bool:
-    """Whether it is on a block device. btrfs has an anonymous device number and names its disk as the source."""
-    return not filesystem.device.startswith("0:") or filesystem.type == "btrfs"
+def _but(graph: Graph, filesystem: FileSystem) -> str:
+    """Where an overlay's writes go."""
+    below = graph.below(filesystem, graph.filesystems) if filesystem.type == "overlay" else []
+    return "".join(f"; what is written to it is on {one.mountpoint}" for one in below)
 
 
-def _in_levels(tree: Tree, filesystems: list[FileSystem]) -> tuple[tuple[FileSystem, ...], ...]:
+def _in_levels(graph: Graph, filesystems: list[FileSystem]) -> tuple[tuple[FileSystem, ...], ...]:
     """Put each file system one level before the deepest that backs it."""
     heights = {filesystem.device: 0 for filesystem in filesystems}
-    backing = {filesystem.device: _backing(tree, filesystem, filesystems) for filesystem in filesystems}
+    backing = {one.device: {below.device for below in graph.below(one, heights)} for one in filesystems}
     for _ in filesystems:  # a chain is no longer than the list; a cycle cannot be, and ends here all the same
         for device, parents in backing.items():
-            heights[device] = max([heights[device], *(heights[parent] + 1 for parent in parents if parent != device)])
+            heights[device] = max([heights[device], *(heights[parent] + 1 for parent in parents)])
     order = sorted({*heights.values()}, reverse=True)
     return tuple(tuple(f for f in filesystems if heights[f.device] == height) for height in order)
-
-
-def _backing(tree: Tree, filesystem: FileSystem, filesystems: list[FileSystem]) -> set[str]:
-    """Devices of the file systems that hold the files of this one's loop devices, through dm and md."""
-    device = _block_device(tree, filesystem)
-    found = set()
-    for file in _backing_files(tree, f"sys/dev/block/{device}", depth=8) if device else ():
-        holder = holder_of(file, filesystems)
-        if holder:
-            found.add(holder)
-    return found
-
-
-def _block_device(tree: Tree, filesystem: FileSystem) -> str | None:
-    if not filesystem.device.startswith("0:"):
-        return filesystem.device
-    name = filesystem.source.rpartition("/")[2]
-    if filesystem.source.startswith("/dev/mapper/"):
-        mapped = [dm for dm in tree.names("sys/class/block") if _mapper_name(tree, dm) == name]
-        name = mapped[0] if mapped else name
-    try:
-        return tree.read(f"sys/class/block/{name}/dev")
-    except OSError:
-        return None
-
-
-def _mapper_name(tree: Tree, block_device: str) -> str | None:
-    try:
-        return tree.read(f"sys/class/block/{block_device}/dm/name")
-    except OSError:
-        return None
-
-
-def _backing_files(tree: Tree, device: str, *, depth: int) -> list[str]:
-    """Loop backing files below a block device: its own, and those of its dm and md slaves."""
-    try:
-        return [tree.read(f"{device}/loop/backing_file").removesuffix(" (deleted)")]
-    except OSError:
-        pass
-    if depth == 0:
-        return []
-    parents = [f"{device}/slaves/{name}" for name in tree.names(f"{device}/slaves")]
-    if tree.exists(f"{device}/partition"):
-        parents.append(f"{device}/..")
-    return [file for parent in parents for file in _backing_files(tree, parent, depth=depth - 1)]
-
-
-def holder_of(file: str, filesystems: list[FileSystem]) -> str | None:
-    """The device of the file system whose mount point is the longest prefix of ``file``."""
-    points = [
-        (len(point.rstrip("/")), filesystem.device)
-        for filesystem in filesystems
-        for point in filesystem.mountpoints
-        if (file + "/").startswith(point.rstrip("/") + "/")
-    ]
-    return max(points)[1] if points else None

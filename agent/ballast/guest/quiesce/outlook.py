@@ -9,10 +9,11 @@ from ballast.guest.config import Quiesce as Settings
 from ballast.guest.linux.tree import Tree
 from ballast.guest.quiesce import guard_protocol
 from ballast.guest.quiesce.forecast import Plan, plan_freeze
-from ballast.guest.quiesce.risks import foretell
+from ballast.guest.quiesce.graph import Graph
+from ballast.guest.quiesce.risks import Freeze, find_risks, read_dirty
 from ballast.guest.threads import in_thread
 from ballast.wire.errors import AgentError, BadRequest, DeadlineExceeded, NotSupported
-from ballast.wire.names import QuiesceForecast
+from ballast.wire.names import QuiesceForecast, Skipped
 
 LEASE_MIN_MS, LEASE_MAX_MS = 1_000, 600_000
 FORECAST_TIMEOUT_S = 10.0
@@ -53,7 +54,7 @@ class Outlook:
         check_lease(lease_ms)
         plan = self.plan(mountpoints, exclude)
         # A daemon's file can be on a disk that does not answer.
-        look = in_thread(lambda: foretell(self._tree, plan, lease_ms / 1000), name="quiesce-forecast")
+        look = in_thread(lambda: self._foretell(plan, lease_ms / 1000), name="quiesce-forecast")
         try:
             async with asyncio.timeout(FORECAST_TIMEOUT_S):
                 return await look
@@ -61,6 +62,14 @@ class Outlook:
             raise DeadlineExceeded(f"no forecast within {FORECAST_TIMEOUT_S:g} s: a disk does not answer") from error
         except (OSError, ValueError) as error:
             raise AgentError(f"cannot look at the system: {error}") from error
+
+    def _foretell(self, plan: Plan, lease_s: float) -> QuiesceForecast:
+        return QuiesceForecast(
+            [[filesystem.mountpoint for filesystem in level] for level in plan.levels],
+            [Skipped(one.filesystem.mountpoint, one.reason) for one in plan.skipped],
+            find_risks(Freeze(self._tree, Graph(self._tree), plan, lease_s)),
+            read_dirty(self._tree),
+        )
 
 
 def check_lease(lease_ms: int) -> None:

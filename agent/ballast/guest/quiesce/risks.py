@@ -1,83 +1,105 @@
 """What may go wrong in a freeze although every file system can be frozen: each risk with its culprit by name.
 
-Reads /proc, /sys and two small files of daemons; opens nothing on any other file system. What cannot be looked at is
-told as a risk too: "cannot tell" is no "no".
+Reads /proc, /sys and two small files of daemons; opens nothing on any other file system, and none on what a server or
+an automounter must answer for. What cannot be looked at is told as a risk too: "cannot tell" is no "no". What only
+others can tell is in ``culprits``.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
-from ballast.guest.linux.mountinfo import parse_mountinfo
+from ballast.guest.linux.mountinfo import parse_mountinfo, unescape
 from ballast.guest.linux.tree import Tree
-from ballast.guest.quiesce.forecast import Plan, holder_of
-from ballast.wire.names import QuiesceForecast, Risk, RiskKind, Skipped
+from ballast.guest.quiesce.forecast import FileSystem, Plan, may_not_answer
+from ballast.guest.quiesce.graph import Graph
+from ballast.wire.names import Risk, RiskKind
 
 # systemd-journald.service: WatchdogSec=3min. A journald that waits for its disk is killed for it.
 _JOURNALD_WATCHDOG_S = 180
+_OURS = "/run/ballast"
 _DIRTY = re.compile(r"^(?:Dirty|Writeback): +(\d+) kB$", re.MULTILINE)
 _PROCESS = re.compile(r"\d+")
 
 
-def foretell(tree: Tree, plan: Plan, lease_s: float) -> QuiesceForecast:
-    """All that can be known of a freeze of at most ``lease_s``. Blocks for milliseconds. OSError, ValueError."""
-    dirty_bytes = sum(1024 * int(kib) for kib in _DIRTY.findall(tree.read("proc/meminfo")))
-    return QuiesceForecast(
-        [[filesystem.mountpoint for filesystem in level] for level in plan.levels],
-        [Skipped(one.filesystem.mountpoint, one.reason) for one in plan.skipped],
-        find_risks(tree, plan, lease_s),
-        dirty_bytes,
-    )
+@dataclass(frozen=True, slots=True)
+class Freeze:
+    """A freeze that may come: in which system, of what, for how long at most."""
+
+    tree: Tree
+    graph: Graph
+    plan: Plan
+    lease_s: float
+
+    @property
+    def devices(self) -> set[str]:
+        """Of all file systems that would be frozen."""
+        return {filesystem.device for filesystem in self.plan.filesystems}
+
+    def stops(self, path: str) -> FileSystem | None:
+        """The file system for which a write to ``path`` would wait."""
+        return self.graph.writes_to(path, self.devices)
 
 
-def find_risks(tree: Tree, plan: Plan, lease_s: float) -> list[Risk]:
-    """Every risk of a freeze, one entry for each culprit."""
+def read_dirty(tree: Tree) -> int:
+    """Bytes that wait to be written: proc_meminfo(5). OSError."""
+    return sum(1024 * int(kib) for kib in _DIRTY.findall(tree.read("proc/meminfo")))
+
+
+def find_risks(freeze: Freeze) -> list[Risk]:
+    """Every risk that can be read, one entry for each culprit. Blocks for milliseconds."""
     found = []
     for kind, check in _CHECKS.items():
         try:
-            found += [Risk(kind, detail) for detail in check(tree, plan, lease_s)]
+            found += [Risk(kind, detail) for detail in check(freeze)]
         except FileNotFoundError:  # the kernel or the system has no such thing
             continue
         except (OSError, ValueError) as error:
-            found.append(Risk(kind, f"cannot tell: {error}"))
+            found.append(cannot_tell(kind, error))
     return found
 
 
-def _hung_task_panic(tree: Tree, _: Plan, lease_s: float) -> Iterator[str]:
+def cannot_tell(kind: RiskKind, error: object) -> Risk:
+    """What stands for a risk that could not be looked at."""
+    return Risk(kind, f"cannot tell: {error}")
+
+
+def _hung_task_panic(freeze: Freeze) -> Iterator[str]:
     """Documentation/admin-guide/sysctl/kernel.rst: a task that waits uninterruptibly for so long, as a writer does."""
-    timeout_s = int(tree.read("proc/sys/kernel/hung_task_timeout_secs"))
-    if int(tree.read("proc/sys/kernel/hung_task_panic")) and 0 < timeout_s <= lease_s:
+    timeout_s = int(freeze.tree.read("proc/sys/kernel/hung_task_timeout_secs"))
+    if int(freeze.tree.read("proc/sys/kernel/hung_task_panic")) and 0 < timeout_s <= freeze.lease_s:
         yield f"the kernel panics when a task waits for {timeout_s} s (kernel.hung_task_panic)"
 
 
-def _watchdog(tree: Tree, _: Plan, lease_s: float) -> Iterator[str]:
+def _watchdog(freeze: Freeze) -> Iterator[str]:
     """Documentation/ABI/testing/sysfs-class-watchdog. Who feeds it may wait for a frozen file system."""
-    for name in tree.names("sys/class/watchdog"):
+    for name in freeze.tree.names("sys/class/watchdog"):
         state, timeout_s, identity = (
-            tree.read(f"sys/class/watchdog/{name}/{file}") for file in ("state", "timeout", "identity")
+            freeze.tree.read(f"sys/class/watchdog/{name}/{file}") for file in ("state", "timeout", "identity")
         )
-        if state == "active" and int(timeout_s) <= lease_s:
+        if state == "active" and int(timeout_s) <= freeze.lease_s:
             yield f"{name} ({identity}) resets the guest when nobody has fed it for {timeout_s} s"
 
 
-def _nfs_export(tree: Tree, plan: Plan, _: float) -> Iterator[str]:
+def _nfs_export(freeze: Freeze) -> Iterator[str]:
     """exportfs(8): /var/lib/nfs/etab has what is exported, as long as nfsd has threads."""
-    if not int(tree.read("proc/fs/nfsd/threads")):
+    if not int(freeze.tree.read("proc/fs/nfsd/threads")):
         return
-    for line in tree.read("var/lib/nfs/etab").splitlines():
+    for line in _read_local(freeze, "/var/lib/nfs/etab").splitlines():
         path = line.split("\t")[0]
-        if holder_of(path, plan.filesystems):
+        if freeze.stops(path):
             yield f"clients of the export {path} wait"
 
 
-def _hidden_disk(tree: Tree, _plan: Plan, _: float) -> Iterator[str]:
+def _hidden_disk(freeze: Freeze) -> Iterator[str]:
     """File systems on disks that only another mount namespace has: no freeze of PID 1's mounts covers them."""
-    tables = {tree.read("proc/1/mountinfo")}
-    known = {mount.device for table in tables for mount in parse_mountinfo(table)}
-    for pid in filter(_PROCESS.fullmatch, tree.names("proc")):
+    tables = {freeze.tree.read("proc/1/mountinfo")}
+    known = {*freeze.graph.filesystems}
+    for pid, name in _processes(freeze.tree):
         try:
-            table, name = tree.read(f"proc/{pid}/mountinfo"), tree.read(f"proc/{pid}/comm")
+            table = freeze.tree.read(f"proc/{pid}/mountinfo")
         except OSError:  # it has ended, or has no mounts any more
             continue
         if table in tables:
@@ -89,26 +111,58 @@ def _hidden_disk(tree: Tree, _plan: Plan, _: float) -> Iterator[str]:
                 yield f"{mount.source} ({mount.type}) is mounted for {name} ({pid}) alone, at {mount.mountpoint}"
 
 
-def _logger(tree: Tree, plan: Plan, lease_s: float) -> Iterator[str]:
+def _logger(freeze: Freeze) -> Iterator[str]:
     """Daemons that write to disk whatever happens, and what the system does when they cannot."""
-    journal = holder_of("/var/log/journal", plan.filesystems) if tree.exists("var/log/journal") else None
-    if journal and lease_s > _JOURNALD_WATCHDOG_S:
+    long_enough = freeze.lease_s > _JOURNALD_WATCHDOG_S
+    if long_enough and freeze.stops("/var/log/journal") and freeze.tree.exists("var/log/journal"):
         yield f"systemd kills a systemd-journald that waits for {_JOURNALD_WATCHDOG_S} s, and lines are lost"
-    if not holder_of("/var/log/audit", plan.filesystems):
-        return
+    if freeze.stops("/var/log/audit"):
+        for pid, name in _processes(freeze.tree):
+            if name == "auditd":
+                yield f"when the backlog of auditd ({pid}) is full, every audited process waits"
+
+
+def _swap_file(freeze: Freeze) -> Iterator[str]:
+    """proc_swaps(5). The kernel swaps past the file system to a file's blocks, but a loop device must write to one."""
+    for line in freeze.tree.read("proc/swaps").splitlines()[1:]:
+        name, kind = line.split()[:2]
+        name = unescape(name).removesuffix(" (deleted)")
+        holder = freeze.graph.holder(name) if kind == "file" else None
+        disks = freeze.graph.disks(holder) if holder else freeze.graph.disks_of_device(name)
+        for below in freeze.graph.files_below(disks):
+            if stops := freeze.graph.nearest(below, freeze.devices):
+                yield f"swapping to {name} waits for {stops.mountpoint}, and with it whoever needs memory"
+        if holder and holder.device in freeze.devices:
+            yield f"{name} is swapped to while {holder.mountpoint} is frozen, so its disk is not still"
+
+
+def _own_file(freeze: Freeze) -> Iterator[str]:
+    """The agent writes to its place in /run only, also while everything is frozen."""
+    if stops := freeze.stops(_OURS):
+        yield f"Ballast's own {_OURS} is on {stops.mountpoint}, and not on a tmpfs"
+
+
+def _processes(tree: Tree) -> Iterator[tuple[str, str]]:
     for pid in filter(_PROCESS.fullmatch, tree.names("proc")):
         try:
-            name = tree.read(f"proc/{pid}/comm")
-        except OSError:
+            yield pid, tree.read(f"proc/{pid}/comm")
+        except OSError:  # it has ended
             continue
-        if name == "auditd":
-            yield f"when the backlog of auditd ({pid}) is full, every audited process waits"
 
 
-_CHECKS: dict[RiskKind, Callable[[Tree, Plan, float], Iterator[str]]] = {
+def _read_local(freeze: Freeze, path: str) -> str:
+    holder = freeze.graph.holder(path)
+    if holder and may_not_answer(holder):
+        raise ValueError(f"{path} is on {holder.type}, which may not answer")
+    return freeze.tree.read(path)
+
+
+_CHECKS: dict[RiskKind, Callable[[Freeze], Iterator[str]]] = {
     "hung-task-panic": _hung_task_panic,
     "watchdog": _watchdog,
     "nfs-export": _nfs_export,
     "hidden-disk": _hidden_disk,
     "logger": _logger,
+    "swap-file": _swap_file,
+    "own-file": _own_file,
 }

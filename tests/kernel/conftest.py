@@ -14,11 +14,14 @@ from pathlib import Path
 
 import pytest
 
+from ballast.guest.config import Config
 from ballast.guest.config import Quiesce as Settings
+from ballast.guest.config import Writers as WriterSettings
 from ballast.guest.events import Events
 from ballast.guest.linux.mountinfo import parse_mountinfo
 from ballast.guest.linux.tree import Tree
 from ballast.guest.quiesce.session import Quiesce
+from ballast.guest.quiesce.writers import Finder
 
 AGENT = Path(__file__).parents[2] / "agent"
 RESCUE_S = 60  # a frozen loop device thaws after this, whatever became of the test
@@ -152,13 +155,21 @@ async def make_quiesce(
 
     tasks = []
 
-    def make(*filesystems: LoopFs, settings: Settings | None = None, events: Events | None = None) -> Quiesce:
+    def make(
+        *filesystems: LoopFs,
+        settings: Settings | None = None,
+        events: Events | None = None,
+        find_writers: Finder = list,
+        writer_timeout_ms: int = 60_000,
+    ) -> Quiesce:
         quiesce = Quiesce(
             loop_tree(*filesystems),
             events or Events(),
-            settings or Settings(),
+            Config(quiesce=settings or Settings(), writers=WriterSettings(timeout_ms=writer_timeout_ms)),
+            find_writers,
             record_path=tmp_path / "quiesce.json",
             guard_path=str(guard.socket_path),
+            markers=tmp_path / "markers",
         )
         tasks.append(asyncio.create_task(quiesce.run()))
         return quiesce

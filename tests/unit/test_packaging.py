@@ -59,4 +59,5 @@ def _keys(path: Path) -> set[tuple[str, str]]:
 
 def _keys_of_code() -> set[tuple[str, str]]:
     config = Config()
-    return {(table, key.replace("_", "-")) for table in config.__slots__ for key in getattr(config, table).__slots__}
+    tables = (table for table in config.__slots__ if table != "writer")  # [writer.NAME] has what the writer knows
+    return {(table, key.replace("_", "-")) for table in tables for key in getattr(config, table).__slots__}

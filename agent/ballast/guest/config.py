@@ -7,6 +7,7 @@ key. A wrong key or value stops the start: an agent that guesses what its admini
 from __future__ import annotations
 
 import dataclasses
+import json
 import tomllib
 import typing
 from dataclasses import dataclass, field
@@ -88,6 +89,14 @@ class Quiesce:
 
 
 @dataclass(frozen=True, slots=True)
+class Writers:
+    """[writers]: all of them, until the file systems are about to be frozen. One's own table is [writer.NAME]."""
+
+    enabled: bool = True
+    timeout_ms: int = field(default=60_000, metadata=between(1_000, 600_000))
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """The whole of it, one field a table."""
 
@@ -98,6 +107,8 @@ class Config:
     limits: Limits = Limits()
     memory: Memory = Memory()
     quiesce: Quiesce = Quiesce()
+    writers: Writers = Writers()
+    writer: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def read_config(path: Path, drop_ins: Path) -> Config:
@@ -111,9 +122,19 @@ def read_config(path: Path, drop_ins: Path) -> Config:
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(file, "", str(error)) from error
         for name, values in _check_file(file, content).items():
-            tables.setdefault(name, {}).update(values)
+            _merge(tables.setdefault(name, {}), values)
     kinds = typing.get_type_hints(Config)
-    return Config(**{name: kinds[name](**values) for name, values in tables.items()})
+    settings: dict[str, Any] = {name: kinds[name](**v) for name, v in tables.items() if name != "writer"}
+    return Config(**settings, writer=tables.get("writer", {}))
+
+
+def _merge(table: dict[str, Any], later: dict[str, Any]) -> None:
+    """A later file wins key by key, in the tables of writers too."""
+    for key, value in later.items():
+        if isinstance(value, dict) and isinstance(table.get(key), dict):
+            table[key].update(value)
+        else:
+            table[key] = value
 
 
 def _check_file(path: Path, content: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -123,7 +144,22 @@ def _check_file(path: Path, content: dict[str, Any]) -> dict[str, dict[str, Any]
             raise ConfigError(path, name, f"unknown table, expected one of {', '.join(kinds)}")
         if not isinstance(table, dict):
             raise ConfigError(path, name, "expected a table")
-    return {name: _check_table(path, name, kinds[name], table) for name, table in content.items()}
+    return {
+        name: _check_table(path, name, kinds[name], table) if name != "writer" else _check_writers(path, table)
+        for name, table in content.items()
+    }
+
+
+def _check_writers(path: Path, tables: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """[writer.NAME]: beyond ``enabled`` and what JSON can carry, what is in one is between it and the writer."""
+    for name, table in tables.items():
+        values = _expect(path, f"writer.{name}", table, dict, "a table")
+        _expect(path, f"writer.{name}.enabled", values.get("enabled", True), bool, "true or false")
+        try:
+            json.dumps(values)
+        except TypeError as error:
+            raise ConfigError(path, f"writer.{name}", "dates and times cannot be passed on") from error
+    return tables
 
 
 def _check_table(path: Path, table: str, kind: type, values: dict[str, Any]) -> dict[str, Any]:

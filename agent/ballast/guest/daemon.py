@@ -44,6 +44,9 @@ from ballast.guest.memory.status import MemoryFacts
 from ballast.guest.peer import Bounds, Peers
 from ballast.guest.quiesce.outlook import LEASE_MAX_MS
 from ballast.guest.quiesce.session import Quiesce
+from ballast.guest.quiesce.writer import Writer
+from ballast.guest.quiesce.writer_files import find_writers
+from ballast.guest.quiesce.writer_process import WriterProcess
 from ballast.guest.service import dbus
 from ballast.guest.service.systemd import JournalHandler, feed_watchdog, passed_sockets, read_credential
 from ballast.guest.transports import unix, virtio_serial, vsock
@@ -67,7 +70,7 @@ class Daemon:
         self._port_changed = asyncio.Event()
         self._boot_id = tree.read("proc/sys/kernel/random/boot_id")
         self._pressure = Pressure(tree, max_triggers=config.limits.triggers)
-        self._quiesce = Quiesce(tree, events := Events(), config.quiesce)
+        self._quiesce = Quiesce(tree, events := Events(), config, _find_writers)
         self._balloon = Balloon(tree, events, boot_id=self._boot_id)
         self._relief = Relief(self._balloon, self._pressure, events)
         blocks = Blocks(tree, lambda: self._balloon.bytes)
@@ -163,6 +166,10 @@ class Daemon:
     async def _next_port_change(self) -> None:
         self._port_changed.clear()
         await self._port_changed.wait()
+
+
+def _find_writers() -> list[Writer]:
+    return [WriterProcess(path) for path in find_writers()]
 
 
 def _read_token() -> bytes | None:

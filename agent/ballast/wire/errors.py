@@ -106,6 +106,15 @@ class DeadlineExceeded(AgentError):
     reason = "deadline"
 
 
+class WriterRefused(AgentError):
+    """A critical writer would not or could not freeze its application.
+
+    ``data`` holds writers and filesystems, as in the reply to a freeze.
+    """
+
+    reason = "writer-failed"
+
+
 class NoSuchId(AgentError):
     """The id is not that of anything held or remembered."""
 
@@ -135,6 +144,7 @@ _BY_REASON: dict[str, type[AgentError]] = {
         NotSupported,
         KernelFailure,
         DeadlineExceeded,
+        WriterRefused,
         NoSuchId,
         StaleEpoch,
         LeaseExpired,

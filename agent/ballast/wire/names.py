@@ -220,12 +220,14 @@ class FilesystemResult:
 
 @dataclass(frozen=True, slots=True)
 class WriterResult:
-    """One writer of a freeze."""
+    """One writer of a freeze. ``lost``: it did not hold until the end; ``detail`` is its own, a log position say."""
 
     name: str
-    state: Literal["frozen", "absent", "failed", "timed-out"]
+    state: Literal["frozen", "absent", "failed", "timed-out", "thawed", "aborted", "lost"]
     reason: str | None = None
     ms: float = 0.0
+    critical: bool = False
+    detail: dict[str, str] | None = None
 
 
 @dataclass(frozen=True, slots=True)

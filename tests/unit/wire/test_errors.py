@@ -24,6 +24,7 @@ REASONS = {
     "no-such-id",
     "stale-epoch",
     "lease-expired",
+    "writer-failed",
 }
 
 

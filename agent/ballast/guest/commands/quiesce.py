@@ -32,12 +32,17 @@ class QuiesceCommands:
         """Freeze file systems and hold them until ``ballast-quiesce-end`` or the lease's end.
 
         Arguments: ``id`` a UUID of the client's, ``lease-ms`` 1,000 to 600,000, ``mountpoints`` (all if absent),
-        ``exclude`` globs of mount points, ``on-failure`` abort (thaw all and fail) or degrade (hold the rest).
-        Errors: bad-argument, busy, kernel, deadline, lease-expired. May run while frozen: a repeat gives the same
-        answer. Since 0.1.
+        ``exclude`` globs of mount points, ``level`` filesystem asks no writers, ``on-failure`` abort (thaw all and
+        fail) or degrade (hold the rest). Errors: bad-argument, busy, kernel, deadline, lease-expired, writer-failed.
+        May run while frozen: a repeat gives the same answer. Since 0.1.
         """
         return await self._quiesce.begin(
-            id, lease_ms, mountpoints=mountpoints, exclude=exclude or (), degrade=on_failure == "degrade"
+            id,
+            lease_ms,
+            mountpoints=mountpoints,
+            exclude=exclude or (),
+            degrade=on_failure == "degrade",
+            with_writers=level == "application",
         )
 
     @command("ballast-quiesce-renew", while_frozen=True)

@@ -23,6 +23,7 @@ from systemd.daemon import listen_fds
 from ballast.guest.linux import mman, notify
 from ballast.guest.quiesce import guard_protocol as protocol
 from ballast.guest.quiesce.freezer import Freezes
+from ballast.guest.quiesce.lifelines import Lifelines
 
 IDLE_EXIT_S = 60.0
 TICK_S = 1.0  # the watchdog is fed at least this often
@@ -36,6 +37,8 @@ class Guard:
         self._listener = listener
         self._client: socket.socket | None = None
         self._hold: Freezes | None = None
+        self._writers = Lifelines([])
+        self._is_undoing = False
         self._stopping = False
         self._idle_since_s = protocol.boottime_s()
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -66,7 +69,7 @@ class Guard:
         os.eventfd_write(self._wake_fd, 1)
 
     def _is_done(self) -> bool:
-        if self._hold is not None:
+        if self._hold is not None or self._is_undoing:
             return False
         idle_s = protocol.boottime_s() - self._idle_since_s
         return self._stopping or (self._client is None and idle_s >= IDLE_EXIT_S)
@@ -87,6 +90,8 @@ class Guard:
             self._hold = None
             self._idle_since_s = protocol.boottime_s()
             self._tell({"event": "idle"})
+            if self._client is None:
+                self._undo_writers()
 
     def _accept(self) -> None:
         try:
@@ -95,7 +100,7 @@ class Guard:
             return
         client.setblocking(False)
         uid = _UCRED.unpack(client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))[1]
-        if uid != os.geteuid() or self._hold is not None or self._stopping:
+        if uid != os.geteuid() or self._hold is not None or self._is_undoing or self._stopping:
             with contextlib.suppress(OSError):
                 protocol.send(client, {"event": "busy"})
             client.close()
@@ -134,6 +139,11 @@ class Guard:
             self._tell({"event": "renewed"})
         elif message["op"] == "thaw" and self._hold is not None:
             self._hold.cancel("thaw")
+        elif message["op"] == "keep":
+            self._writers.drop()
+            self._writers = Lifelines(fds)
+        elif message["op"] == "release":
+            self._writers.drop()
 
     def _lose_client(self) -> None:
         assert self._client is not None
@@ -143,6 +153,20 @@ class Guard:
         self._idle_since_s = protocol.boottime_s()
         if self._hold is not None:
             self._hold.cancel("agent-lost")
+        else:
+            self._undo_writers()
+
+    def _undo_writers(self) -> None:
+        """The agent is dead, and what it had frozen is thawed."""
+        if self._writers.are_none:
+            return
+        self._is_undoing = True
+
+        def done() -> None:
+            self._is_undoing = False
+            self._wake()
+
+        self._writers.undo(done)
 
 
 def _lease(message: dict[str, Any]) -> float:

@@ -89,6 +89,15 @@ class GuardConnection:
         with contextlib.suppress(OSError):
             protocol.send(self._sock, message, fds)
 
+    def keep(self, lifelines: list[tuple[int, int]]) -> None:
+        """Entrust writers, in the order of freezing: if we die it undoes them, last first, once all is thawed."""
+        if lifelines:
+            self.send({"op": "keep"}, [fd for lifeline in lifelines for fd in lifeline])
+
+    def release(self) -> None:
+        """Take the writers back."""
+        self.send({"op": "release"})
+
     def close(self) -> None:
         """Hang up: a guard that still holds something thaws it."""
         if self._sock.fileno() >= 0:

@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import logging
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
@@ -20,24 +19,15 @@ from ballast.guest.quiesce.guard_client import GuardConnection
 from ballast.guest.quiesce.guard_protocol import boottime_s
 from ballast.guest.quiesce.net import Net
 from ballast.guest.quiesce.outcome import Outcome, end_reason
-from ballast.guest.quiesce.prepare import open_filesystems, sync_filesystems
+from ballast.guest.quiesce.prelude import Order, Prelude, Ready
+from ballast.guest.quiesce.writers import Writers
 from ballast.wire.errors import AgentError, DeadlineExceeded, KernelFailure, LeaseExpired
 from ballast.wire.names import EndReason, QuiesceBegun, QuiesceEnded
 
 log = logging.getLogger(__name__)
 
-GUARD_START_S = 30.0  # enough for a stuck one to be killed and the next to start
 THAW_S = 5.0  # how long the guard may take over an ordered thaw before the net does it
 _ENDED_EARLY = "the session was ended before it was frozen"
-
-
-@dataclass(frozen=True, slots=True)
-class Order:
-    """What was asked for. ``degrade``: hold what could be frozen, although something could not."""
-
-    id: str
-    lease_s: float
-    degrade: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,22 +47,24 @@ class Surroundings:
 class Hold:
     """``begun`` and ``ended`` bring the two answers; when ``run`` returns nothing is left to thaw."""
 
-    def __init__(self, order: Order, plan: Plan, around: Surroundings) -> None:
+    def __init__(self, order: Order, plan: Plan, writers: Writers, around: Surroundings) -> None:
         loop = asyncio.get_running_loop()
         self.order = order
         self.plan = plan
         self.outcome = Outcome(plan)
+        self.writers = writers
         self.state: Literal["thawed", "freezing", "frozen", "thawing"] = "freezing"
         self.expires_s = 0.0
         self.begun: asyncio.Future[QuiesceBegun] = loop.create_future()
         self.ended: asyncio.Future[QuiesceEnded] = loop.create_future()
         self._around = around
+        self._prelude = Prelude(order, self.outcome, plan, writers, around.settings, around.guard_path)
         self._resources = contextlib.ExitStack()
         self._guard: GuardConnection | None = None
         self._net: Net | None = None
         self._impatience: asyncio.TimerHandle | None = None
         self._renewed: asyncio.Future[None] | None = None
-        self._preparing: asyncio.Future[tuple[list[int], float, GuardConnection]] | None = None
+        self._preparing: asyncio.Future[Ready] | None = None
         self._ender: EndReason | None = None
         self._end_ordered_s: float | None = None
         self._frozen_at_s: float | None = None
@@ -92,7 +84,10 @@ class Hold:
         """Freeze, hold and thaw. Never raises: what goes wrong is told by the two futures."""
         try:
             with self._resources:
-                await self._live()
+                try:
+                    await self._live()
+                finally:
+                    await self._leave_writers()
         except AgentError as error:
             self._fail(error)
         except Exception as error:  # a bug: the connection is closed, so the guard thaws
@@ -131,26 +126,25 @@ class Hold:
     # The life of a hold, in order.
 
     async def _live(self) -> None:
-        fds, sync_s, guard = await self._prepare_unless_ended()
-        self._guard = guard
-        self._resources.callback(guard.close)
+        ready = await self._prepare_unless_ended()
+        self._guard = guard = ready.guard
         if self._end_ordered_s is not None:
             raise LeaseExpired(_ENDED_EARLY)
         self._around.opening(self, guard.pid)
         started_s = boottime_s()
         self.expires_s = started_s + self.order.lease_s
-        self._start(guard, fds)
+        self._start(guard, ready.fds)
         self._around.changed(self, None)
         await self._freeze(started_s + min(self._around.settings.freeze_timeout_ms / 1000, self.order.lease_s))
         self._frozen_at_s = boottime_s()
         self.state = "frozen"
-        self.begun.set_result(self._answer(sync_s, self._frozen_at_s - started_s))
+        self.begun.set_result(self._answer(ready.sync_s, self._frozen_at_s - started_s))
         self._around.changed(self, None)
         await self._end()
 
-    async def _prepare_unless_ended(self) -> tuple[list[int], float, GuardConnection]:
+    async def _prepare_unless_ended(self) -> Ready:
         """Prepare; an end does not wait until a disk that hangs has taken what is written out."""
-        self._preparing = asyncio.ensure_future(self._prepare())
+        self._preparing = asyncio.ensure_future(self._prelude.run(self._resources))
         try:
             await asyncio.wait({self._preparing})
         finally:
@@ -158,21 +152,6 @@ class Hold:
         if self._preparing.cancelled():
             raise LeaseExpired(_ENDED_EARLY)
         return self._preparing.result()
-
-    async def _prepare(self) -> tuple[list[int], float, GuardConnection]:
-        """Open, write out and start the guard, the last beside the others. All that needs a working disk is here."""
-        settings = self._around.settings
-        connecting = asyncio.ensure_future(GuardConnection.open(self._around.guard_path, timeout_s=GUARD_START_S))
-        try:
-            fds = await open_filesystems(self.plan.filesystems, timeout_s=settings.open_timeout_ms / 1000)
-            for fd in fds:
-                self._resources.callback(os.close, fd)
-            return fds, await sync_filesystems(fds, timeout_s=settings.sync_timeout_ms / 1000), await connecting
-        except BaseException:
-            connecting.cancel()
-            with contextlib.suppress(AgentError, asyncio.CancelledError):
-                (await connecting).close()
-            raise
 
     def _start(self, guard: GuardConnection, fds: list[int]) -> None:
         """Arm the net, then let the guard begin."""
@@ -210,7 +189,7 @@ class Hold:
 
     async def _lose(self, final: dict[str, Any], error: AgentError) -> NoReturn:
         """All that could be thawed is: say what went wrong."""
-        self._conclude(final)
+        await self._conclude(final)
         self.begun.set_exception(error)
         await self._linger()
         raise error
@@ -223,7 +202,7 @@ class Hold:
         return DeadlineExceeded(f"failed to freeze {', '.join(stuck)}: a writer is still running", mountpoints=stuck)
 
     async def _end(self) -> None:
-        self._conclude(await self._until("thawed", "net"))
+        await self._conclude(await self._until("thawed", "net"))
         await self._linger()
 
     async def _linger(self) -> None:
@@ -252,15 +231,21 @@ class Hold:
     def _answer(self, sync_s: float, freeze_s: float) -> QuiesceBegun:
         return QuiesceBegun(
             id=self.order.id,
-            consistency=self.outcome.consistency,
+            consistency=self._consistency(),
             lease_ms=round(1000 * self.order.lease_s),
             sync_ms=round(1000 * sync_s, 3),
             freeze_ms=round(1000 * freeze_s, 3),
             filesystems=self.outcome.filesystems,
+            writers=self.writers.results,
         )
 
-    def _conclude(self, final: dict[str, Any]) -> None:
-        """Take in how the thaw went, and answer whoever asks for the end."""
+    def _consistency(self) -> Literal["application", "filesystem", "none"]:
+        if not self.outcome.is_whole:
+            return "none"
+        return "application" if self.writers.are_consistent else "filesystem"
+
+    async def _conclude(self, final: dict[str, Any]) -> None:
+        """Take in how the thaw went, have the writers undone, and answer whoever asks for the end."""
         broken = False
         if final["event"] == "net":
             self.outcome.all_thawed()
@@ -272,6 +257,9 @@ class Hold:
         if reason is None and self._frozen_at_s is None and now_s >= self.expires_s:
             reason = "lease-expired"  # given up in the same moment
         self.state = "thawing"
+        await self.writers.undo("abort" if self._frozen_at_s is None else "thaw")
+        if reason is None and self.writers.lost:
+            reason = "writer-lost"
         self.ended.set_result(
             QuiesceEnded(
                 held=reason is None and self._frozen_at_s is not None and not self.outcome.in_state("frozen"),
@@ -279,9 +267,18 @@ class Hold:
                 thaw_ms=round(1000 * (now_s - (self._end_ordered_s or now_s)), 3),
                 reason=reason,
                 filesystems=self.outcome.filesystems,
+                writers=self.writers.results,
             )
         )
         self._around.changed(self, reason)
+
+    async def _leave_writers(self) -> None:
+        """Whatever happened: none of them holds anything for us any more."""
+        if self._guard is not None:
+            self._guard.send({"op": "thaw"})  # nothing, unless we come here by a bug
+        await self.writers.undo("abort")
+        held = self.ended.result().held if self.ended.done() and not self.ended.cancelled() else None
+        await self.writers.leave(held=held)
 
     def _trust_guard(self) -> None:
         """It has thawed; what still waits for a writer it thaws too, unless it dies: then the net does."""

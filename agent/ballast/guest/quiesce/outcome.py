@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 from ballast.guest.quiesce.forecast import FileSystem, Plan
 from ballast.wire.names import EndReason, FilesystemResult
@@ -23,15 +23,19 @@ class Outcome:
         """All, with those that the plan leaves out."""
         return [*self._results, *self._skipped]
 
+    @property
+    def skipped(self) -> list[FilesystemResult]:
+        """Those that the plan leaves out, with the reason."""
+        return list(self._skipped)
+
     def in_state(self, state: str) -> list[FilesystemResult]:
         """Those in one state."""
         return [result for result in self._results if result.state == state]
 
     @property
-    def consistency(self) -> Literal["filesystem", "none"]:
-        """ "filesystem" if everything that can be frozen is; no writer has spoken, so never "application"."""
-        whole = self.in_state("frozen") and not self.in_state("failed") and not self.in_state("freezing")
-        return "filesystem" if whole else "none"
+    def is_whole(self) -> bool:
+        """Whether something is frozen, and everything that can be."""
+        return bool(self.in_state("frozen")) and not self.in_state("failed") and not self.in_state("freezing")
 
     def settle(self, said: dict[str, Any]) -> None:
         """Take in the guard's word that one FIFREEZE returned."""

@@ -15,15 +15,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ballast.guest.config import Quiesce as Settings
+from ballast.guest.config import Config
 from ballast.guest.events import Events
 from ballast.guest.linux.tree import Tree
 from ballast.guest.quiesce import guard_protocol, record
 from ballast.guest.quiesce.forecast import Plan
 from ballast.guest.quiesce.guard_protocol import boottime_s
-from ballast.guest.quiesce.hold import Hold, Order, Surroundings
+from ballast.guest.quiesce.hold import Hold, Surroundings
+from ballast.guest.quiesce.markers import MARKERS, see_undone
 from ballast.guest.quiesce.outlook import Outlook, check_lease
+from ballast.guest.quiesce.prelude import Order
 from ballast.guest.quiesce.recovery import clean_up
+from ballast.guest.quiesce.writers import Finder, Writers
 from ballast.wire.errors import (
     BadRequest,
     Busy,
@@ -39,6 +42,7 @@ from ballast.wire.names import (
     QuiesceEnded,
     QuiesceRenewed,
     QuiesceStatus,
+    WriterResult,
 )
 from ballast.wire.shape import read_record, to_wire
 
@@ -50,24 +54,31 @@ _QGA_PREFIX = "qga-"
 
 
 class Quiesce:
-    """The guest's one freeze. ``run`` must be running for any of it to work."""
+    """The guest's one freeze. ``run`` must be running for any of it to work.
+
+    ``find_writers`` says who takes part, at the start of each.
+    """
 
     def __init__(
         self,
         tree: Tree,
         events: Events,
-        settings: Settings,
+        config: Config,
+        find_writers: Finder,
         *,
         record_path: Path = record.PATH,
         guard_path: str = guard_protocol.SOCKET_PATH,
+        markers: Path = MARKERS,
     ) -> None:
-        self.outlook = Outlook(tree, settings)
+        self.outlook = Outlook(tree, config.quiesce)
         self._tree = tree
         self._events = events
-        self._settings = settings
+        self._config = config
+        self._find_writers = find_writers
+        self._markers = markers
         self._record_path = record_path
         self._record = record.Record()
-        self._around = Surroundings(settings, guard_path, self._opening, self._changed)
+        self._around = Surroundings(config.quiesce, guard_path, self._opening, self._changed)
         self._current: Hold | None = None
         # A begin can come after its own end, over another connection: nobody waits for it any more.
         self._ended_unbegun: deque[str] = deque(maxlen=64)
@@ -102,8 +113,12 @@ class Quiesce:
         mountpoints: Collection[str] | None = None,
         exclude: Collection[str] = (),
         degrade: bool = False,
+        with_writers: bool = True,
     ) -> QuiesceBegun:
-        """Freeze, and hold for ``lease_ms``. BadRequest, Busy, KernelFailure, DeadlineExceeded, LeaseExpired."""
+        """Freeze, and hold for ``lease_ms``. BadRequest, Busy, KernelFailure, DeadlineExceeded, LeaseExpired.
+
+        Or WriterRefused; unless it is to ``degrade``, every failure leaves all thawed and all writers undone.
+        """
         if not 0 < len(session_id) <= _ID_MAX:
             raise BadRequest(f"Parameter 'id' expects 1 to {_ID_MAX} characters", argument="id")
         check_lease(lease_ms)
@@ -116,7 +131,7 @@ class Quiesce:
         if session_id in self._record.answers:
             raise BadRequest("Parameter 'id' names a session that has ended", argument="id")
         plan = self.outlook.plan(mountpoints, exclude)
-        return await self._start(Order(session_id, lease_ms / 1000, degrade), plan)
+        return await self._start(Order(session_id, lease_ms / 1000, degrade), plan, with_writers=with_writers)
 
     async def renew(self, session_id: str, lease_ms: int) -> QuiesceRenewed:
         """Let the lease end ``lease_ms`` from now. LeaseExpired if it has ended, NoSuchId."""
@@ -166,7 +181,7 @@ class Quiesce:
         self._refuse_while_held()
         session_id = _QGA_PREFIX + str(uuid.uuid4())
         plan = self.outlook.plan(mountpoints, (), strict=False)
-        begun = await self._start(Order(session_id, self._settings.lease_ms / 1000), plan)
+        begun = await self._start(Order(session_id, self._config.quiesce.lease_ms / 1000), plan)
         count = _count(begun.filesystems, "frozen")
         if count == 0:  # nothing was frozen, so nobody will ask for the thaw
             await self.end(session_id)
@@ -210,8 +225,11 @@ class Quiesce:
             held = self._current.order.id
             raise Busy(f"a freeze is held by {held}", id=held, **({"lease-left-ms": left_ms} if left_ms else {}))
 
-    async def _start(self, order: Order, plan: Plan) -> QuiesceBegun:
-        self._current = Hold(order, plan, self._around)
+    async def _start(self, order: Order, plan: Plan, *, with_writers: bool = True) -> QuiesceBegun:
+        find = self._find_writers if with_writers and self._config.writers.enabled else list
+        timeout_s = self._config.writers.timeout_ms / 1000
+        writers = Writers(find, self._config.writer, order.id, timeout_s=timeout_s)
+        self._current = Hold(order, plan, writers, self._around)
         self._idle.clear()
         self._new.set()
         return await asyncio.shield(self._current.begun)
@@ -260,10 +278,12 @@ class Quiesce:
             log.warning("cannot read %s, ignoring: %s", self._record_path, error)
         left = self._record.open
         if left is None:
+            await see_undone(self._markers)
             return
         found = await clean_up(left, self._around.guard_path)
+        lost = [WriterResult(name, "lost", "the agent was restarted") for name in await see_undone(self._markers)]
         filesystems = [FilesystemResult(one.mountpoint, "", "", "thawed") for one in found if one.thawed]
-        ended = QuiesceEnded(False, 0.0, 0.0, "agent-restarted", filesystems)
+        ended = QuiesceEnded(False, 0.0, 0.0, "agent-restarted", filesystems, lost)
         unreported = left.id.startswith(_QGA_PREFIX)
         self._record.open = None
         if left.id not in self._record.answers:

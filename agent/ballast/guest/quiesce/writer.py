@@ -6,7 +6,7 @@ docs/writers.md is the page for who writes one; here is what the agent expects o
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args
 
 from ballast.wire.errors import BadRequest
@@ -32,13 +32,9 @@ class Description:
     thaw_ms: int = 10_000
     absent: str | None = None
 
-    def overridden(self, config: dict[str, Any]) -> Description:
-        """The same with what the administrator's table ``[writer.NAME]`` says instead. WriterFailed."""
-        known = {key.replace("-", "_"): value for key, value in config.items() if key in _OVERRIDABLE}
-        return replace(self, **known) if known else self
 
-
-_OVERRIDABLE = ("level", "critical", "user", "prepare-ms", "freeze-ms", "thaw-ms")
+# What the administrator's table ``[writer.NAME]`` may say instead; the rest of it is the writer's own affair.
+OVERRIDABLE = frozenset({"level", "critical", "user", "prepare-ms", "freeze-ms", "thaw-ms"})
 
 
 class WriterFailed(Exception):
@@ -72,6 +68,12 @@ class Writer(Protocol):
         A call that is cancelled leaves it as after WriterTimedOut.
         """
 
+    def lifeline(self) -> tuple[int, int] | None:
+        """Descriptors by which the guard has it undone when the agent dies: a socket to hang up, a cgroup.kill file.
+
+        They stay the writer's own. None if it needs no such thing. After ``start``.
+        """
+
     async def force_abort(self, *, timeout_s: float) -> None:
         """It timed out or ended and was prepared: have it undone without its help. WriterFailed if that fails.
 
@@ -95,17 +97,13 @@ def read_answer(line: bytes) -> dict[str, Any]:
     return answer
 
 
-def read_description(answer: dict[str, Any]) -> Description:
-    """What ``identify`` was answered with, checked. WriterFailed names the field."""
+def read_description(answer: dict[str, Any], config: dict[str, Any]) -> Description:
+    """What ``identify`` was answered with, checked; ``config`` may say otherwise. WriterFailed names the field."""
+    overrides = {key: value for key, value in config.items() if key in OVERRIDABLE}
     try:
-        description = read_record(Description, answer)
+        description = read_record(Description, answer | overrides)
     except BadRequest as error:
         raise WriterFailed(f"identify: {error.desc}") from error
-    return check_description(description)
-
-
-def check_description(description: Description) -> Description:
-    """The same, if its values are in range. WriterFailed names the field."""
     if description.level not in LEVELS:
         raise WriterFailed(f"identify: level is one of {', '.join(LEVELS)}, not {description.level!r}")
     for name in ("prepare_ms", "freeze_ms", "thaw_ms"):

@@ -14,6 +14,7 @@ ALLOWED_OURS = {
     "ballast.guest.quiesce.guard",
     "ballast.guest.quiesce.guard_protocol",
     "ballast.guest.quiesce.freezer",
+    "ballast.guest.quiesce.lifelines",
 }
 ALLOWED_THIRD_PARTY = {"systemd", "systemd.daemon", "systemd._daemon"}
 # What a start of Python brings along here, whatever it is asked to run: editable installs, site customisation.

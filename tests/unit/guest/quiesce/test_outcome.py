@@ -36,11 +36,11 @@ def test_all_are_freezing_until_the_guard_says_otherwise() -> None:
     outcome = make_outcome()
     assert states(outcome) == ["freezing", "freezing", "skipped"]
     assert outcome.filesystems[2].reason == "read-only"
-    seen: list[str] = [outcome.consistency]
+    seen = [outcome.is_whole]
     for index in (1, 0):
         outcome.settle(settled(index, "frozen"))
-        seen.append(outcome.consistency)
-    assert seen == ["none", "none", "filesystem"]
+        seen.append(outcome.is_whole)
+    assert seen == [False, False, True]
     assert [(one.mountpoint, one.device, one.type, one.freeze_ms) for one in outcome.in_state("frozen")] == [
         ("/1", "/dev/sd1", "ext4", 1.5),
         ("/2", "/dev/sd2", "ext4", 1.5),
@@ -48,24 +48,24 @@ def test_all_are_freezing_until_the_guard_says_otherwise() -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "state", "reason", "consistency"),
+    ("number", "state", "reason", "is_whole"),
     [
-        (errno.EOPNOTSUPP, "skipped", "this type cannot be frozen", "filesystem"),
-        (errno.EBUSY, "failed", "somebody else has frozen it already", "none"),
-        (errno.EIO, "failed", "Input/output error", "none"),
+        (errno.EOPNOTSUPP, "skipped", "this type cannot be frozen", True),
+        (errno.EBUSY, "failed", "somebody else has frozen it already", False),
+        (errno.EIO, "failed", "Input/output error", False),
     ],
 )
-def test_what_failed_says_why(number: int, state: str, reason: str, consistency: str) -> None:
+def test_what_failed_says_why(number: int, state: str, reason: str, is_whole: bool) -> None:
     outcome = make_outcome()
     outcome.settle(settled(0, "frozen"))
     outcome.settle(settled(1, "failed", number))
     result = outcome.filesystems[1]
     assert (result.state, result.reason) == (state, reason)
-    assert outcome.consistency == consistency
+    assert outcome.is_whole == is_whole
 
 
-def test_nothing_frozen_is_not_consistent() -> None:
-    assert Outcome(Plan((), (Skipped(LEFT_OUT, "read-only"),))).consistency == "none"
+def test_nothing_frozen_is_not_whole() -> None:
+    assert not Outcome(Plan((), (Skipped(LEFT_OUT, "read-only"),))).is_whole
 
 
 @pytest.mark.parametrize(

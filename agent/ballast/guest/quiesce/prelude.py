@@ -1,0 +1,111 @@
+"""Everything before the first ioctl: all that needs a working disk, the bus or PID 1.
+
+Writers get ready while file systems are opened and written out; then they hold, and what they have written last is
+written out too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from dataclasses import dataclass
+
+from ballast.guest.config import Quiesce as Settings
+from ballast.guest.quiesce.forecast import Plan
+from ballast.guest.quiesce.guard_client import GuardConnection
+from ballast.guest.quiesce.outcome import Outcome
+from ballast.guest.quiesce.prepare import open_filesystems, sync_filesystems
+from ballast.guest.quiesce.writers import Writers
+from ballast.wire.errors import DeadlineExceeded, WriterRefused
+from ballast.wire.shape import to_wire
+
+GUARD_START_S = 30.0  # enough for a stuck one to be killed and the next to start
+SYNC_HELD_S = 2.0  # how long an application is held for the little that it has just written
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What was asked for. ``degrade``: hold what could be frozen, although something could not."""
+
+    id: str
+    lease_s: float
+    degrade: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """What a freeze begins with."""
+
+    fds: list[int]
+    sync_s: float
+    guard: GuardConnection
+
+
+class Prelude:
+    """One session's."""
+
+    def __init__(
+        self, order: Order, outcome: Outcome, plan: Plan, writers: Writers, settings: Settings, guard_path: str
+    ) -> None:
+        self._order = order
+        self._outcome = outcome
+        self._plan = plan
+        self._writers = writers
+        self._settings = settings
+        self._guard_path = guard_path
+
+    async def run(self, resources: contextlib.ExitStack) -> Ready:
+        """Get ready; what must be let go of later goes to ``resources``. AgentError, and then writers want undoing."""
+        connecting = asyncio.ensure_future(self._connect(resources))
+        opening = asyncio.ensure_future(self._open(resources))
+        try:
+            await self._writers.start()
+            guard = await connecting
+            guard.keep(self._writers.lifelines())
+            fds = await opening
+            self._check_writers()
+            return Ready(fds, await self._settle(fds), guard)
+        except BaseException:
+            for task in (connecting, opening):
+                task.cancel()
+            await asyncio.gather(connecting, opening, return_exceptions=True)
+            raise
+
+    async def _connect(self, resources: contextlib.ExitStack) -> GuardConnection:
+        guard = await GuardConnection.open(self._guard_path, timeout_s=GUARD_START_S)
+        resources.callback(guard.close)
+        resources.callback(guard.release)  # as long as we live, the writers are ours to undo
+        return guard
+
+    async def _open(self, resources: contextlib.ExitStack) -> list[int]:
+        fds = await open_filesystems(self._plan.filesystems, timeout_s=self._settings.open_timeout_ms / 1000)
+        for fd in fds:
+            resources.callback(os.close, fd)
+        return fds
+
+    async def _settle(self, fds: list[int]) -> float:
+        """Have applications hold and everything written out; seconds spent on the latter."""
+        timeout_s = self._settings.sync_timeout_ms / 1000
+        if not self._writers.are_present:
+            return await sync_filesystems(fds, timeout_s=timeout_s)
+        mountpoints = [filesystem.mountpoint for filesystem in self._plan.filesystems]
+        sync_s, _ = await asyncio.gather(
+            sync_filesystems(fds, timeout_s=timeout_s),
+            self._writers.prepare(mountpoints, round(1000 * self._order.lease_s)),
+        )
+        self._check_writers()
+        await self._writers.freeze()
+        self._check_writers()
+        return sync_s + await sync_filesystems(fds, timeout_s=min(timeout_s, SYNC_HELD_S))
+
+    def _check_writers(self) -> None:
+        """WriterRefused or DeadlineExceeded if a critical one failed, unless the host takes what it can get."""
+        obstacles = self._writers.obstacles
+        if self._order.degrade or not obstacles:
+            return
+        desc = "; ".join(f"writer {one.name} {one.reason}" for one in obstacles)
+        if skipped := self._outcome.skipped:
+            desc += "; left out: " + ", ".join(f"{one.mountpoint} ({one.reason})" for one in skipped)
+        kind = DeadlineExceeded if any(one.state == "timed-out" for one in obstacles) else WriterRefused
+        raise kind(desc, writers=to_wire(self._writers.results), filesystems=to_wire(self._outcome.filesystems))

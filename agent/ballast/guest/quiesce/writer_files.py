@@ -1,0 +1,50 @@
+"""Which programs are writers: docs/writers.md, "Where they are". Looks at files only; may block as a disk does."""
+
+from __future__ import annotations
+
+import re
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+
+FOLDERS = (Path("/etc/ballast/writers.d"), Path("/usr/lib/ballast/writers"))  # the first that has a name has it
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
+_NEEDS = re.compile(rb"^# ballast-needs: *(.+)$", re.MULTILINE)
+_HEAD_BYTES = 1024
+
+
+def find_writers(folders: Sequence[Path] = FOLDERS) -> list[Path]:
+    """The programs, by name; without those that a link to /dev/null switches off. OSError."""
+    found: dict[str, Path] = {}
+    for folder in reversed(folders):
+        if folder.is_dir():
+            found |= {file.name: file for file in folder.iterdir() if _NAME.fullmatch(file.name)}
+    return [file for _, file in sorted(found.items()) if not file.is_char_device()]
+
+
+def why_unsafe(program: Path) -> str | None:
+    """Why ``program`` must not be run as root: somebody else may write it, or what leads to it. None if it may."""
+    try:
+        real = program.resolve(strict=True)
+        for path in (real, *real.parents):
+            status = path.stat()
+            # In a sticky folder nobody can replace what is root's.
+            is_open = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not status.st_mode & stat.S_ISVTX
+            if status.st_uid != 0 or is_open:
+                return f"others than root may write {path}"
+        if not stat.S_ISREG(real.stat().st_mode) or not real.stat().st_mode & stat.S_IXUSR:
+            return f"{real} is no executable file"
+    except OSError as error:
+        return f"cannot look at {program}: {error.strerror}"
+    return None
+
+
+def what_is_missing(program: Path) -> str | None:
+    """What the line ``# ballast-needs:`` asks for, if none of it is there; None if it may be started. OSError."""
+    with program.open("rb") as file:
+        match = _NEEDS.search(file.read(_HEAD_BYTES))
+    if match is None:
+        return None
+    needs = match.group(1).decode(errors="surrogateescape").split()
+    return None if any(next(Path("/").glob(need.lstrip("/")), None) for need in needs) else f"no {' or '.join(needs)}"

@@ -36,6 +36,8 @@ T = TypeVar("T")
 # The agent syncs before it freezes, and a sync takes as long as the guest's disks do.
 FREEZE_TIMEOUT_S = 300.0
 THAW_TIMEOUT_S = 60.0
+# The guest gives up after ten seconds.
+FORECAST_TIMEOUT_S = 30.0
 ONLINE_TIMEOUT_S = 60.0
 # In the guest; and how much longer its answer may take, since what it gives up it first brings online again.
 OFFLINE_TIMEOUT_MS = 30_000
@@ -216,11 +218,13 @@ class Agent(Connection):
         lease_ms: int | None = None,
         mountpoints: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
+        timeout_s: float = FORECAST_TIMEOUT_S,
     ) -> QuiesceForecast:
         """What a freeze would cover, in which order, and what may go wrong in it."""
         return await self._ask(
             QuiesceForecast,
             "ballast-quiesce-forecast",
+            timeout_s=timeout_s,
             lease_ms=lease_ms,
             mountpoints=mountpoints,
             exclude=exclude,

@@ -50,7 +50,7 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace, command: l
             parser.error("there is no command after --")
         if shutil.which(command[0]) is None:
             parser.error(f"no such command: {command[0]}")
-    if args.verb is verbs.freeze and not _LEASE_S[0] <= args.lease <= _LEASE_S[1]:
+    if args.verb in (verbs.freeze, verbs.forecast) and not _LEASE_S[0] <= args.lease <= _LEASE_S[1]:
         parser.error("--lease must be 1s to 600s")
     if args.verb is verbs.freeze and args.max_hold < _LEASE_S[0]:
         parser.error("--max-hold must be 1s or more")
@@ -72,6 +72,8 @@ def _make_parser() -> argparse.ArgumentParser:
     add = partial(_add_verb, commands, [_make_common()])
     add("status", verbs.show_status, "agent, memory and freeze in one view", examples.STATUS)
     _add_watch(add("watch", verbs.watch, "print events until Ctrl-C", examples.WATCH))
+    forecast = "what a freeze would cover, and what may go wrong in it"
+    _add_scope(add("forecast", verbs.forecast, forecast, examples.FORECAST), "the lease to look ahead for: 30s")
     _add_freeze(add("freeze", verbs.freeze, "freeze file systems, for a command or for a lease", examples.FREEZE))
     thaw = add("thaw", verbs.thaw, "end a freeze and tell whether it held", examples.THAW)
     thaw.add_argument("--id", help="the freeze to end (default: the one there is)")
@@ -192,19 +194,18 @@ def _add_watch(parser: argparse.ArgumentParser) -> None:
 
 def _add_freeze(parser: argparse.ArgumentParser) -> None:
     parser.usage = "ballastctl freeze TARGET [options] [-- COMMAND...]"
+    _add_scope(parser, "the guest thaws by itself after it: 30s")
     add = parser.add_argument
-    add(
-        "--lease",
-        type=_as(parse_duration),
-        default=30.0,
-        metavar="TIME",
-        help="the guest thaws by itself after it: 30s",
-    )
     add("--max-hold", type=_as(parse_duration), default=600.0, metavar="TIME", help="renew for no longer: 10m")
-    add("--mountpoint", action="append", metavar="M", help="freeze only this; may be repeated")
-    add("--exclude", action="append", metavar="GLOB", help="freeze all but these mount points; may be repeated")
     add("--level", choices=["application", "filesystem"], help="whether programs are asked to settle first")
     add("--on-failure", choices=["abort", "degrade"], help="where a part fails: thaw all, or go on without it")
+
+
+def _add_scope(parser: argparse.ArgumentParser, lease: str) -> None:
+    add = parser.add_argument
+    add("--lease", type=_as(parse_duration), default=30.0, metavar="TIME", help=lease)
+    add("--mountpoint", action="append", metavar="M", help="freeze only this; may be repeated")
+    add("--exclude", action="append", metavar="GLOB", help="freeze all but these mount points; may be repeated")
 
 
 def _parse_address(text: str) -> int:

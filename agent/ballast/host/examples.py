@@ -24,6 +24,15 @@ examples:
   ballastctl watch web1 --psi some:150000:1000000 --psi full:100000:1000000 --demand 1000
   ballastctl watch web1 --json | jq -r .event"""
 
+FORECAST = """\
+examples:
+  ballastctl forecast web1
+  ballastctl forecast web1 --lease 5m --exclude '/mnt/*'
+  ballastctl forecast web1 --json | jq -r '.risks[] | .kind + ": " + .detail'
+
+Changes nothing, and refuses nothing: a freeze may go well in spite of a risk. File systems on disks that are files
+on other file systems come first. Exit status 5 means that the guest could not look at something ("cannot tell")."""
+
 FREEZE = """\
 examples:
   ballastctl freeze web1 --lease 60s

@@ -103,6 +103,15 @@ async def watch(args: argparse.Namespace, connect: Connect) -> int:
     return Exit.DONE
 
 
+async def forecast(args: argparse.Namespace, connect: Connect) -> int:
+    """Show what a freeze would cover and what may go wrong in it; risks are no failure, not to have looked is."""
+    async with connect() as agent:
+        with progress("looking"):
+            told = await agent.quiesce_forecast(round(1000 * args.lease), args.mountpoint, args.exclude)
+    put_json(told) if args.json else put_tables(view.forecast_tables(told))
+    return Exit.PARTIAL if any(risk.detail.startswith("cannot tell") for risk in told.risks) else Exit.DONE
+
+
 async def freeze(args: argparse.Namespace, connect: Connect) -> int:
     """Freeze; with a command, run it in the frozen window, thaw, and tell whether it held."""
     plan = FreezePlan(args.lease, args.max_hold, args.mountpoint, args.exclude, args.level, args.on_failure)

@@ -18,6 +18,7 @@ from ballast.wire.names import (
     Pressure,
     QuiesceBegun,
     QuiesceEnded,
+    QuiesceForecast,
     QuiesceStatus,
     WriterResult,
 )
@@ -94,6 +95,24 @@ def quiesce_tables(status: QuiesceStatus) -> list[Table]:
     if status.lease_left_ms is not None:
         rows.append(("lease left", format_ms(status.lease_left_ms)))
     return [Table("quiesce", rows), *filesystem_tables(status.filesystems, [])]
+
+
+def forecast_tables(told: QuiesceForecast) -> list[Table]:
+    """What a freeze would cover, level by level, what it would leave out, and what may go wrong in it."""
+    levels = [(str(number), point) for number, level in enumerate(told.order, 1) for point in level]
+    tables = [Table("would be frozen, one level after the other", levels, ("LEVEL", "MOUNT POINT"))] if levels else []
+    if told.skip:
+        rows = [(one.mountpoint, one.reason) for one in told.skip]
+        tables.append(Table("would be left out", rows, ("MOUNT POINT", "REASON")))
+    if told.risks:
+        risks = [(risk.kind, risk.detail) for risk in told.risks]
+        tables.append(Table("may go wrong", risks, ("RISK", "CULPRIT")))
+    sums = [
+        ("file systems", str(len(levels))),
+        ("risks", str(len(told.risks)) if told.risks else "none"),
+        ("to be written first", format_size(told.dirty_bytes)),
+    ]
+    return [*tables, Table("forecast", sums)]
 
 
 def begun_tables(begun: QuiesceBegun) -> list[Table]:

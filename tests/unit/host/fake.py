@@ -49,6 +49,12 @@ MEMORY = {
     "kernel-balloon": None,
 }
 THAWED = {"state": "thawed", "filesystems": []}
+FORECAST = {
+    "order": [["/mnt/loop"], ["/", "/data"]],
+    "skip": [{"mountpoint": "/boot/efi", "reason": "vfat cannot be frozen"}],
+    "risks": [{"kind": "fanotify", "detail": "scanner (812) has to permit"}, {"kind": "of-later", "detail": "x"}],
+    "dirty-bytes": 3 << 20,
+}
 ENDED = {"held": True, "held-ms": 1234.5, "thaw-ms": 3.5, "filesystems": [], "writers": []}
 
 
@@ -94,6 +100,7 @@ class FakeAgent:
             "ballast-agent-status": STATUS,
             "ballast-memory-status": MEMORY,
             "ballast-quiesce-status": THAWED,
+            "ballast-quiesce-forecast": FORECAST,
             "ballast-quiesce-begin": begun,
             "ballast-quiesce-renew": lambda arguments: {"lease-ms": arguments["lease-ms"]},
             "ballast-quiesce-end": ENDED,

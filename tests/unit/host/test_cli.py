@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from ballast.host.cli import main
-from tests.unit.host.fake import ENDED, FILESYSTEM, STATUS, THAWED, FakeAgent, Refusal, begun, serve_in_thread
+from tests.unit.host.fake import ENDED, FILESYSTEM, FORECAST, STATUS, THAWED, FakeAgent, Refusal, begun, serve_in_thread
 
 Run = Callable[..., tuple[int, str, str]]
 
 VERBS = [
-    *("status", "watch", "freeze", "thaw", "online", "offline"),
+    *("status", "watch", "forecast", "freeze", "thaw", "online", "offline"),
     *("balloon set", "balloon show", "memory add", "memory remove"),
 ]
 
@@ -50,6 +50,7 @@ def ctl(agent: FakeAgent, capfd: pytest.CaptureFixture[str]) -> Run:
         ("freeze", ["--"], "there is no command after --"),
         ("freeze", ["--", "/absent/command"], "no such command: /absent/command"),
         ("freeze", ["--lease", "0s"], "--lease must be 1s to 600s"),
+        ("forecast", ["--lease", "0s"], "--lease must be 1s to 600s"),
         ("freeze", ["--lease", "601s"], "--lease must be 1s to 600s"),
         ("freeze", ["--max-hold", "0.5s"], "--max-hold must be 1s or more"),
         ("freeze", ["--level", "database"], "invalid choice"),
@@ -177,6 +178,51 @@ def test_what_a_guest_says_cannot_steer_the_terminal(ctl: Run, agent: FakeAgent)
     assert r"\x1b[31m[bold]\u202e\n9" in ctl("status")[1]
     agent.answers["ballast-agent-status"] = Refusal(None, "\x1b]0;title\x07")
     assert r"\x1b]0;title\x07" in ctl("status")[2]
+
+
+def test_a_forecast_shows_levels_what_is_left_out_and_culprits(ctl: Run, agent: FakeAgent) -> None:
+    status, out, err = ctl("forecast", "--lease", "45s", "--mountpoint", "/", "--exclude", "/mnt/*")
+    assert (status, err) == (0, "")
+    assert agent.asked[-1] == (
+        "ballast-quiesce-forecast",
+        {"lease-ms": 45_000, "mountpoints": ["/"], "exclude": ["/mnt/*"]},
+    )
+    assert (
+        out
+        == """\
+would be frozen, one level after the other
+  LEVEL  MOUNT POINT
+  1      /mnt/loop
+  2      /
+  2      /data
+
+would be left out
+  MOUNT POINT  REASON
+  /boot/efi    vfat cannot be frozen
+
+may go wrong
+  RISK      CULPRIT
+  fanotify  scanner (812) has to permit
+  of-later  x
+
+forecast
+  file systems         3
+  risks                2
+  to be written first  3 MiB
+"""
+    )
+    assert json.loads(ctl("forecast", "--json")[1]) == FORECAST
+    assert agent.asked[-1][1] == {"lease-ms": 30_000}
+
+
+def test_a_forecast_that_could_not_look_at_something_is_5(ctl: Run, agent: FakeAgent) -> None:
+    unknown = {"kind": "fanotify", "detail": "cannot tell: no answer within 5 s"}
+    agent.answers["ballast-quiesce-forecast"] = FORECAST | {"order": [], "skip": [], "risks": [unknown]}
+    assert ctl("forecast")[0] == 5
+    agent.answers["ballast-quiesce-forecast"] = FORECAST | {"order": [], "skip": [], "risks": []}
+    status, out, _ = ctl("forecast")
+    assert status == 0
+    assert "file systems         0\n  risks                none\n" in out
 
 
 def test_freeze_without_a_command_leaves_it_held_and_names_it(ctl: Run, agent: FakeAgent) -> None:

@@ -15,6 +15,7 @@ from ballast.guest.bus import Bus
 from ballast.guest.commands.quiesce import QuiesceCommands
 from ballast.guest.dispatch import Table
 from ballast.guest.events import Events
+from ballast.guest.quiesce.services import Services
 from ballast.guest.quiesce.session import Quiesce
 from ballast.guest.service.dbus import INTERFACE, NAME, PATH, Dbus
 from tests.kernel.conftest import LoopFs, MakeLoopFs
@@ -31,7 +32,8 @@ async def show(bus: PrivateBus, quiesce: Quiesce, events: Events, block: list[st
     table = Table(is_frozen=lambda: quiesce.is_frozen, block=block)
     table.add(QuiesceCommands(quiesce))
     ours = Bus(NAME, is_frozen=lambda: quiesce.is_frozen, path=str(bus.path))
-    dbus = Dbus(ours, events, table.answer, version="0", balloon_bytes=lambda: 0)
+    services = Services(ours, is_frozen=lambda: quiesce.is_frozen, markers=bus.path.parent / "services")
+    dbus = Dbus(ours, events, table.answer, services, version="0", balloon_bytes=lambda: 0)
     task = asyncio.create_task(dbus.run())
     try:
         await bus.wait_name()

@@ -59,8 +59,7 @@ class Call:
 
     def refuse(self, name: str, text: str) -> bool:
         """Answer with an error; never waits."""
-        printable = text.encode(errors="backslashreplace").decode().replace("\0", "\\0")
-        return self._reply(Message.new_error(self._header, name, printable))
+        return self._reply(Message.new_error(self._header, name, printable(text)))
 
     async def uid(self) -> int:
         """The caller's user, as the bus knows it. BusError, TimeoutError, ConnectionError."""
@@ -74,6 +73,11 @@ class Call:
 
 
 Handler = Callable[[Call], None]
+
+
+def printable(text: str) -> str:
+    """What D-Bus can carry of a text: no NUL, and nothing that is not UTF-8."""
+    return text.encode(errors="backslashreplace").decode().replace("\0", "\\0")
 
 
 class Bus:

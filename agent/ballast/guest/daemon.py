@@ -43,6 +43,7 @@ from ballast.guest.memory.relief import Relief
 from ballast.guest.memory.status import MemoryFacts
 from ballast.guest.peer import Bounds, Peers
 from ballast.guest.quiesce.outlook import LEASE_MAX_MS
+from ballast.guest.quiesce.services import Services
 from ballast.guest.quiesce.session import Quiesce
 from ballast.guest.quiesce.writer import Writer
 from ballast.guest.quiesce.writer_files import find_writers
@@ -70,7 +71,9 @@ class Daemon:
         self._port_changed = asyncio.Event()
         self._boot_id = tree.read("proc/sys/kernel/random/boot_id")
         self._pressure = Pressure(tree, max_triggers=config.limits.triggers)
-        self._quiesce = Quiesce(tree, events := Events(), config, _find_writers)
+        bus = Bus(dbus.NAME, is_frozen=lambda: self._quiesce.is_frozen)
+        self._services = Services(bus, is_frozen=lambda: self._quiesce.is_frozen)
+        self._quiesce = Quiesce(tree, events := Events(), config, self._find_writers)
         self._balloon = Balloon(tree, events, boot_id=self._boot_id)
         self._relief = Relief(self._balloon, self._pressure, events)
         blocks = Blocks(tree, lambda: self._balloon.bytes)
@@ -87,9 +90,8 @@ class Daemon:
         table.add(AgentCommands(table, events, sources, version=__version__, token=token, read_status=self.status))
         table.add(MemoryCommands(facts, blocks, Offline(tree, blocks, leaving), self._balloon))
         table.add(QuiesceCommands(self._quiesce))
-        bus = Bus(dbus.NAME, is_frozen=lambda: self._quiesce.is_frozen)
         self._dbus = dbus.Dbus(
-            bus, events, table.answer, version=__version__, balloon_bytes=lambda: self._balloon.bytes
+            bus, events, table.answer, self._services, version=__version__, balloon_bytes=lambda: self._balloon.bytes
         )
         self._level = PressureLevel(self._pressure, self._dbus.set_level)
         if table.unknown:
@@ -125,7 +127,7 @@ class Daemon:
             await self._balloon.recover()
             parts = [self._quiesce.run(), self._hotplug.run(), self._relief.run(), feed_watchdog(), *self._transports()]
             if self._config.dbus.enabled:
-                parts += [self._dbus.run(), self._level.run()]
+                parts += [self._dbus.run(), self._level.run(), self._services.run(self._quiesce.wait_recovered)]
             tasks = [group.create_task(part) for part in parts]
             notify("READY=1")
             log.info("ballastd %s is ready", __version__)
@@ -167,9 +169,10 @@ class Daemon:
         self._port_changed.clear()
         await self._port_changed.wait()
 
-
-def _find_writers() -> list[Writer]:
-    return [WriterProcess(path) for path in find_writers()]
+    def _find_writers(self) -> list[Writer]:
+        """A service that is there takes the place of a program with its name."""
+        programs: dict[str, Writer] = {path.name: WriterProcess(path) for path in find_writers()}
+        return list((programs | {service.name: service for service in self._services.writers()}).values())
 
 
 def _read_token() -> bytes | None:

@@ -61,7 +61,7 @@ async def test_a_peer_is_called_and_answers(real: PrivateBus) -> None:
 async def test_what_goes_wrong_with_a_call_is_told_apart(real: PrivateBus) -> None:
     async with running(real.path) as bus, Peer(real.path) as peer:
         with pytest.raises(ConnectionError):
-            await freeze(bus, peer)
+            await freeze(Bus(NAME, is_frozen=lambda: False), peer)
         await bus.wait_connected()
         peer.error = "org.ballast.Error.Retryable"
         with pytest.raises(BusError, match="no, not now") as refused:

@@ -105,6 +105,10 @@ class Quiesce:
                 self._current = None
                 self._idle.set()
 
+    async def wait_recovered(self) -> None:
+        """Wait until nothing is frozen any more that an earlier agent had frozen."""
+        await self._recovered.wait()
+
     async def begin(
         self,
         session_id: str,

@@ -1,7 +1,7 @@
 """What the agent shows on the system bus: ``org.ballast.Agent1`` at ``/org/ballast/Agent1``; see docs/dbus.md.
 
-Properties for everybody. Freeze and Thaw for root: the bus has a policy (org.ballast.Agent1.conf), and the caller's
-user is checked here as well. They are the wire's commands: the same sessions, rules, errors and lines in the journal.
+Properties for everybody. Methods for root: the bus has a policy (org.ballast.Agent1.conf), and the caller's user is
+checked here as well. Freeze and Thaw are the wire's commands: the same sessions, rules, errors, lines in the journal.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from typing import Any
 
 from ballast.guest.bus import Bus, BusError, Call, Variant
 from ballast.guest.events import Events, Subscription
+from ballast.guest.quiesce.services import Services
+from ballast.guest.service.introspection import introspect
+from ballast.wire.errors import AgentError
 from ballast.wire.message import Event, Failure, Reply
 from ballast.wire.names import Level
 
@@ -26,57 +29,8 @@ ERROR_PREFIX = "org.ballast.Error."
 _DBUS = "org.freedesktop.DBus."
 _PROPERTIES, _INTROSPECTABLE, _PEER = _DBUS + "Properties", _DBUS + "Introspectable", _DBUS + "Peer"
 _CALLS_MAX = 16  # at work at a time
+_METHODS = {"Freeze": "tas", "Thaw": "s", "RegisterWriter": "soa{sv}", "UnregisterWriter": "s"}
 _TYPES = {"PressureLevel": "s", "BalloonBytes": "t", "FreezeState": "s", "Version": "s"}
-_CHILD_OF = {"/": "org", "/org": "ballast", "/org/ballast": "Agent1"}
-
-_DOCTYPE = """\
-<!DOCTYPE node PUBLIC "-//freedesktop//DTD D-BUS Object Introspection 1.0//EN"
- "http://www.freedesktop.org/standards/dbus/1.0/introspect.dtd">
-"""
-INTROSPECTION = f"""{_DOCTYPE}<node>
-  <interface name="{INTERFACE}">
-    <property name="PressureLevel" type="s" access="read"/>
-    <property name="BalloonBytes" type="t" access="read"/>
-    <property name="FreezeState" type="s" access="read"/>
-    <property name="Version" type="s" access="read">
-      <annotation name="org.freedesktop.DBus.Property.EmitsChangedSignal" value="const"/>
-    </property>
-    <method name="Freeze">
-      <arg name="lease_ms" type="t" direction="in"/>
-      <arg name="mountpoints" type="as" direction="in"/>
-      <arg name="id" type="s" direction="out"/>
-    </method>
-    <method name="Thaw">
-      <arg name="id" type="s" direction="in"/>
-      <arg name="held" type="b" direction="out"/>
-    </method>
-  </interface>
-  <interface name="{_PROPERTIES}">
-    <method name="Get">
-      <arg name="interface" type="s" direction="in"/>
-      <arg name="name" type="s" direction="in"/>
-      <arg name="value" type="v" direction="out"/>
-    </method>
-    <method name="GetAll">
-      <arg name="interface" type="s" direction="in"/>
-      <arg name="values" type="a{{sv}}" direction="out"/>
-    </method>
-    <signal name="PropertiesChanged">
-      <arg name="interface" type="s"/>
-      <arg name="changed" type="a{{sv}}"/>
-      <arg name="invalidated" type="as"/>
-    </signal>
-  </interface>
-  <interface name="{_INTROSPECTABLE}">
-    <method name="Introspect">
-      <arg name="xml" type="s" direction="out"/>
-    </method>
-  </interface>
-  <interface name="{_PEER}">
-    <method name="Ping"/>
-  </interface>
-</node>
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +48,24 @@ class Dbus:
     """``run`` keeps it on the bus. ``answer`` runs one of the wire's commands (``Table.answer``)."""
 
     def __init__(
-        self, bus: Bus, events: Events, answer: Answer, *, version: str, balloon_bytes: Callable[[], int]
+        self,
+        bus: Bus,
+        events: Events,
+        answer: Answer,
+        services: Services,
+        *,
+        version: str,
+        balloon_bytes: Callable[[], int],
     ) -> None:
         self._bus = bus
         self._answer = answer
+        self._services = services
+        self._do: dict[str, Callable[..., Awaitable[None]]] = {
+            "Freeze": self._freeze,
+            "Thaw": self._thaw,
+            "RegisterWriter": self._register,
+            "UnregisterWriter": self._unregister,
+        }
         self._balloon_bytes = balloon_bytes
         self._told: dict[str, Any] = {"PressureLevel": "low", "FreezeState": "thawed", "Version": version}
         self._at_work: set[asyncio.Task[None]] = set()
@@ -108,7 +76,8 @@ class Dbus:
         async with asyncio.TaskGroup() as group:
 
             def handle(call: Call) -> None:
-                if (call.interface, call.member, call.signature) in _METHODS and call.path == PATH:
+                method = _METHODS.get(str(call.member))
+                if (call.path, call.interface, call.signature) == (PATH, INTERFACE, method):
                     self._admit(call, group)
                 else:
                     self._describe(call)
@@ -135,12 +104,11 @@ class Dbus:
     # What everybody may ask: answered at once.
 
     def _describe(self, call: Call) -> None:
-        known = call.path == PATH or call.path in _CHILD_OF
         asked = (call.interface, call.member, call.signature)
-        if not known:
+        if (xml := introspect(call.path)) is None:
             call.refuse(_DBUS + "Error.UnknownObject", f"there is no object {call.path}")
         elif asked == (_INTROSPECTABLE, "Introspect", ""):
-            call.answer("s", _introspection(str(call.path)))
+            call.answer("s", xml)
         elif asked == (_PEER, "Ping", ""):
             call.answer()
         elif call.interface == _PROPERTIES and call.path == PATH:
@@ -192,14 +160,11 @@ class Dbus:
                 call.refuse(_DBUS + "Error.AccessDenied", f"{call.member} is for root")
                 return
             arguments = call.arguments()
-            caller = _Caller(f"dbus{call.sender}")
-            await (
-                self._freeze(call, caller, *arguments)
-                if call.member == "Freeze"
-                else self._thaw(call, caller, *arguments)
-            )
+            await self._do[str(call.member)](call, _Caller(f"dbus{call.sender}"), *arguments)
         except (BusError, OSError) as error:
             call.refuse(_DBUS + "Error.AccessDenied", f"the bus does not tell who calls: {error}")
+        except AgentError as error:
+            _fail(call, Failure(error))
         except ValueError as error:
             call.refuse(_DBUS + "Error.InvalidArgs", str(error))
         except Exception:  # a bug: it must not end what else the agent does
@@ -227,17 +192,17 @@ class Dbus:
         else:
             call.answer("b", ended.value["held"])
 
+    async def _register(self, call: Call, _: _Caller, name: str, path: str, description: dict[str, Variant]) -> None:
+        plain = {key: variant.value for key, variant in description.items()}
+        await self._services.register(name, call.sender, path, plain)
+        call.answer()
 
-_METHODS = {(INTERFACE, "Freeze", "tas"), (INTERFACE, "Thaw", "s")}
+    async def _unregister(self, call: Call, _: _Caller, name: str) -> None:
+        self._services.unregister(name, call.sender)
+        call.answer()
 
 
 def _fail(call: Call, failure: Failure) -> None:
     """The wire's reason as a name: ``bad-argument`` is ``org.ballast.Error.BadArgument``."""
     name = "".join(word.capitalize() for word in (failure.error.reason or "failed").split("-"))
     call.refuse(ERROR_PREFIX + name, failure.error.desc)
-
-
-def _introspection(path: str) -> str:
-    if path == PATH:
-        return INTROSPECTION
-    return f'{_DOCTYPE}<node>\n  <node name="{_CHILD_OF[path]}"/>\n</node>\n'

@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 
-from ballast.guest.bus import Bus
+from ballast.guest.bus import Bus, BusError, Variant
 from ballast.guest.events import Events
+from ballast.guest.quiesce.services import Services
 from ballast.guest.service.dbus import INTERFACE, NAME, PATH, Dbus
 from ballast.wire.errors import AgentError, BadRequest, Busy, Refused
 from ballast.wire.message import Failure, Reply
+from tests.unit.guest.bus_peer import Peer
 from tests.unit.guest.private_bus import DEADLINE_S, POLICY, PROPERTIES, PrivateBus
 
 BALLOON_BYTES = 5 << 40  # more than a u
@@ -36,7 +38,10 @@ class Shown:
         self.may_answer = asyncio.Event()
         self.may_answer.set()
         agents = Bus(NAME, is_frozen=lambda: False, path=str(bus.path))
-        self.dbus = Dbus(agents, self.events, self._answer, version="1.2.3", balloon_bytes=lambda: BALLOON_BYTES)
+        self.services = Services(agents, is_frozen=lambda: False, markers=bus.path.parent / "markers")
+        self.dbus = Dbus(
+            *(agents, self.events, self._answer, self.services), version="1.2.3", balloon_bytes=lambda: BALLOON_BYTES
+        )
 
     async def _answer(self, request: Any, caller: Any) -> Reply | Failure:
         self.asked.append((request, caller.origin))
@@ -114,6 +119,8 @@ async def test_introspection_leads_to_the_object_and_names_the_wires_members(sho
         ("property", "Version"): "s",
         ("method", "Freeze"): [("lease_ms", "t"), ("mountpoints", "as"), ("id", "s")],
         ("method", "Thaw"): [("id", "s"), ("held", "b")],
+        ("method", "RegisterWriter"): [("name", "s"), ("path", "o"), ("description", "a{sv}")],
+        ("method", "UnregisterWriter"): [("name", "s")],
     }
 
 
@@ -126,6 +133,7 @@ async def test_introspection_leads_to_the_object_and_names_the_wires_members(sho
         (PATH, f"{INTERFACE}.Thaw", ["int32:1"], "UnknownMethod"),
         (PATH, f"{INTERFACE}.Freeze", ["uint32:1000", "array:string:/"], "UnknownMethod"),
         (PATH, f"{INTERFACE}.Melt", [], "UnknownMethod"),
+        (PATH, f"{INTERFACE}.RegisterWriter", ["string:x", "string:/x"], "UnknownMethod"),
         (PATH, "org.ballast.Agent2.Thaw", ["string:x"], "UnknownMethod"),
         (PATH, f"{PROPERTIES}.Get", [f"string:{INTERFACE}", "string:Colour"], "UnknownProperty"),
         (PATH, f"{PROPERTIES}.Get", ["string:org.example", "string:Version"], "UnknownProperty"),
@@ -257,10 +265,40 @@ async def test_only_root_freezes_whatever_the_policy_says(open_folder: Path, *, 
     if lax:
         policy = policy.replace("</policy>\n</busconfig>", f'<allow send_destination="{NAME}"/></policy></busconfig>')
     async with show(PrivateBus(open_folder, policy)) as shown:
-        for method, arguments in (("Freeze", ["uint64:5000", "array:string:"]), ("Thaw", ["string:x"])):
+        said = await shown.bus.call("RegisterWriter", "soa{sv}", "x", "/x", "0", user=NOBODY)
+        assert said.err == "Call failed: Access denied"
+        refused = (
+            ("Freeze", ["uint64:5000", "array:string:"]),
+            ("Thaw", ["string:x"]),
+            ("UnregisterWriter", ["string:x"]),
+        )
+        for method, arguments in refused:
             said = await shown.bus.send(PATH, f"{INTERFACE}.{method}", *arguments, user=NOBODY)
             assert said.err.startswith("Error org.freedesktop.DBus.Error.AccessDenied: ")
             assert said.err.endswith(f": {method} is for root") == lax
+        assert shown.services.writers() == []
         assert await shown.bus.get("Version", user=NOBODY) == "1.2.3"
         assert PATH in (await shown.bus.busctl("tree", "--list", NAME, user=NOBODY)).out
         assert shown.asked == []
+
+
+@pytest.mark.usefixtures("_as_root")
+async def test_a_service_registers_itself_and_nobody_else(shown: Shown) -> None:
+    async with asyncio.timeout(DEADLINE_S), Peer(shown.bus.path) as peer, Peer(shown.bus.path) as other:
+        described = {"level": Variant("s", "system"), "critical": Variant("b", True), "thaw-ms": Variant("u", 500)}
+        register = ("RegisterWriter", "soa{sv}", "shop", "/shop", described)
+        assert await peer.call(INTERFACE, PATH, *register) == []
+        (writer,) = shown.services.writers()
+        description = await writer.start("x", {}, timeout_s=1)
+        assert (writer.name, description.level, description.critical) == ("shop", "system", True)
+        assert (description.thaw_ms, description.freeze_ms) == (500, 10_000)
+        for call, error in (
+            (register, "Busy"),
+            (("RegisterWriter", "soa{sv}", "Shop", "/shop", {}), "BadArgument"),
+            (("UnregisterWriter", "s", "shop"), "NoSuchId"),
+        ):
+            with pytest.raises(BusError) as refused:
+                await other.call(INTERFACE, PATH, *call)
+            assert refused.value.name == f"org.ballast.Error.{error}"
+        assert await peer.call(INTERFACE, PATH, "UnregisterWriter", "s", "shop") == []
+        assert shown.services.writers() == []

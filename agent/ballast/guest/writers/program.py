@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 VERBS = ("identify", "prepare", "freeze", "thaw", "post", "abort")
 # Of the time that a verb has, what is left for the answer to arrive: our word says more than that we were killed.
 MARGIN = 0.1
+# Who does not even say who it is in this time will not be ready either, and the deadline is for all phases together.
+IDENTIFY_S = 10.0
 
 
 class AbsentError(Exception):
@@ -36,8 +38,8 @@ class Request:
     def __init__(self, fields: dict[str, Any]) -> None:
         self.fields = fields
         self.verb = str(fields["verb"])
-        # The request that follows a crash has no deadline in it.
-        self._due_s = time.monotonic() + (1 - MARGIN) * float(fields.get("deadline-ms", 10_000)) / 1000
+        wait_s = (1 - MARGIN) * float(fields["deadline-ms"]) / 1000
+        self._due_s = time.monotonic() + (min(wait_s, IDENTIFY_S) if self.verb == "identify" else wait_s)
 
     @property
     def config(self) -> dict[str, Any]:

@@ -39,16 +39,17 @@ def answers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 @pytest.mark.parametrize(
     ("line", "answer"),
     [
-        ('{"verb": "identify", "id": "1"}', {"absent": "no server"}),
-        ('{"verb": "identify", "id": "1", "config": {"server": "shop"}}', {"absent": "no shop"}),
-        ('{"verb": "prepare", "id": "1"}', {"error": "is starting", "retryable": True}),
-        ('{"verb": "freeze", "id": "1"}', {"error": "[Errno 111] Connection refused: '/run/server'"}),
-        ('{"verb": "thaw", "id": "1"}', {"held": True}),
-        ('{"verb": "post", "id": "1"}', {"error": "ZeroDivisionError: division by zero"}),
-        ('{"verb": "abort", "id": "1"}', {}),
-        ('{"verb": "run", "id": "1"}', {"error": "unknown verb run"}),
-        ('{"verb": "left_s", "id": "1"}', {"error": "unknown verb left_s"}),
-        ('{"id": "1"}', {"error": "KeyError: 'verb'"}),
+        ('{"verb": "identify", "deadline-ms": 9000}', {"absent": "no server"}),
+        ('{"verb": "identify", "deadline-ms": 9000, "config": {"server": "shop"}}', {"absent": "no shop"}),
+        ('{"verb": "prepare", "deadline-ms": 9000}', {"error": "is starting", "retryable": True}),
+        ('{"verb": "freeze", "deadline-ms": 9000}', {"error": "[Errno 111] Connection refused: '/run/server'"}),
+        ('{"verb": "thaw", "deadline-ms": 9000}', {"held": True}),
+        ('{"verb": "post", "deadline-ms": 9000}', {"error": "ZeroDivisionError: division by zero"}),
+        ('{"verb": "abort", "deadline-ms": 9000}', {}),
+        ('{"verb": "run", "deadline-ms": 9000}', {"error": "unknown verb run"}),
+        ('{"verb": "left_s", "deadline-ms": 9000}', {"error": "unknown verb left_s"}),
+        ('{"deadline-ms": 9000}', {"error": "KeyError: 'verb'"}),
+        ('{"verb": "thaw"}', {"error": "KeyError: 'deadline-ms'"}),
     ],
 )
 def test_each_request_has_one_answer(
@@ -61,7 +62,7 @@ def test_each_request_has_one_answer(
 def test_what_is_no_request_is_answered_too(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], line: str
 ) -> None:
-    first, second = answers(monkeypatch, capsys, line, '{"verb": "abort"}')
+    first, second = answers(monkeypatch, capsys, line, '{"verb": "abort", "deadline-ms": 9000}')
     assert "error" in first
     assert second == {}
 
@@ -69,6 +70,10 @@ def test_what_is_no_request_is_answered_too(
 def test_some_of_the_deadline_is_left_for_the_answer() -> None:
     left_s = Request({"verb": "freeze", "deadline-ms": 10_000}).left_s()
     assert 0 < left_s <= 9
+
+
+def test_who_somebody_is_takes_no_minute() -> None:
+    assert 0 < Request({"verb": "identify", "deadline-ms": 60_000}).left_s() <= 10
 
 
 def test_what_cannot_be_waited_for_is_not_waited_for() -> None:

@@ -146,15 +146,19 @@ def window_tables(begun: QuiesceBegun, ended: QuiesceEnded | None, status: int) 
 
 
 def filesystem_tables(filesystems: Sequence[FilesystemResult], writers: Sequence[WriterResult]) -> list[Table]:
-    """One row for each file system, and each writer if there are any."""
+    """One row for each file system, and for each writer that has something to do."""
     tables = []
     if filesystems:
         rows = [(f.mountpoint, f.device, f.type, f.state, format_ms(f.freeze_ms), f.reason or "") for f in filesystems]
         tables.append(Table("file systems", rows, ("MOUNT POINT", "DEVICE", "TYPE", "STATE", "FREEZE", "REASON")))
-    if writers:
-        names = [(w.name, w.state, format_ms(w.ms), w.reason or "") for w in writers]
-        tables.append(Table("writers", names, ("WRITER", "STATE", "TOOK", "REASON")))
+    if present := [writer for writer in writers if writer.state != "absent"]:
+        names = [(w.name, w.state, format_ms(w.ms), w.reason or _detail(w)) for w in present]
+        tables.append(Table("writers", names, ("WRITER", "STATE", "TOOK", "")))
     return tables
+
+
+def _detail(writer: WriterResult) -> str:
+    return ", ".join(f"{key} {value}" for key, value in (writer.detail or {}).items())
 
 
 def online_tables(result: OnlineResult) -> list[Table]:

@@ -41,7 +41,7 @@ class Settings:
 
 
 class AzureScripts(HookWriter):
-    """Critical unless ``continueBackupOnFailure``, which is the default. A broken file says nothing else."""
+    """Critical unless ``continueBackupOnFailure``, which is the default."""
 
     def __init__(self, root: Path = Path("/")) -> None:
         super().__init__(root)
@@ -76,10 +76,10 @@ class AzureScripts(HookWriter):
         try:
             settings = self._read_settings()
         except (OSError, WriterError):
-            return answer | {"critical": False}
+            return answer | {"critical": False}  # it says nothing else
         self._may_go_on = settings.may_go_on
         phase_ms = round(1000 * settings.timeout_s / (1 - MARGIN)) + 1
-        return {"critical": not settings.may_go_on, "freeze-ms": phase_ms, "thaw-ms": phase_ms}
+        return answer | {"critical": not settings.may_go_on, "freeze-ms": phase_ms, "thaw-ms": phase_ms}
 
     def prepare(self, request: Request) -> dict[str, Any]:
         """Refuse also what others may read, as Azure does: there may be passwords in it."""

@@ -21,6 +21,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+# Before and after the databases, in which a hook may write that its application pauses: commits wait there later.
+LEVEL = "front-end"
 PHASE_MS = 60_000  # to freeze, and to thaw: all hooks together
 # What editors, dpkg and rpm leave beside a hook; qemu's fsfreeze-hook passes over the same (QEMU 10.0, and Debian's).
 _LEFTOVERS = ("~", ".bak", ".orig", ".rpmnew", ".rpmorig", ".rpmsave", ".sample")
@@ -83,7 +85,7 @@ class HookWriter(Writer):
             is_absent = False
         if is_absent:
             raise AbsentError("no hooks")
-        return {"critical": True, "freeze-ms": PHASE_MS, "thaw-ms": PHASE_MS}
+        return {"level": LEVEL, "critical": True, "freeze-ms": PHASE_MS, "thaw-ms": PHASE_MS}
 
     def prepare(self, request: Request) -> dict[str, Any]:
         """Refuse what others than root may write, before anything is held."""
@@ -180,11 +182,7 @@ class HookWriter(Writer):
             return []
 
     def _save(self) -> None:
-        """Whole or not at all, whenever this process is killed."""
-        draft = self._folder / f"{_LEDGER}.new"
-        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            json.dump([vars(hook) for hook in self._asked], file)
-        draft.replace(self._folder / _LEDGER)
+        save_whole(self._folder / _LEDGER, json.dumps([vars(hook) for hook in self._asked]))
 
 
 def is_leftover(name: str) -> bool:
@@ -196,6 +194,14 @@ def note(line: str) -> None:
     """A line for the journal."""
     sys.stderr.write(f"{line}\n")
     sys.stderr.flush()
+
+
+def save_whole(file: Path, text: str) -> None:
+    """Write all of it or nothing, whenever this process is killed, for nobody else to read."""
+    draft = file.with_suffix(".new")
+    with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "w") as opened:
+        opened.write(text)
+    draft.replace(file)
 
 
 def why_refused(file: Path, root: Path) -> str | None:

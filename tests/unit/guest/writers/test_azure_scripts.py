@@ -53,7 +53,8 @@ def session(guest: Azure) -> Iterator[Session]:
 
 def test_scripts_run_with_their_parameters(guest: Azure, session: Session) -> None:
     guest.configure()
-    assert session.ask("identify") == {"critical": False, "freeze-ms": PHASE_MS, "thaw-ms": PHASE_MS}
+    phases = {"freeze-ms": PHASE_MS, "thaw-ms": PHASE_MS}
+    assert session.ask("identify") == {"level": "front-end", "critical": False, **phases}
     assert session.ask("prepare") == {}
     assert session.ask("freeze") == {"detail": {"hooks": ["/opt/pre.sh"]}}
     assert session.ask("thaw") == {"held": True}

@@ -30,7 +30,7 @@ def session(guest: Guest) -> Iterator[Session]:
 
 def test_hooks_freeze_in_order_and_thaw_in_reverse(guest: Guest, session: Session) -> None:
     hooks = [str(guest.hook(f"{FOLDER}/{name}")) for name in ("20-web", "10-db")]
-    assert session.ask("identify") == {"critical": True, "freeze-ms": 60_000, "thaw-ms": 60_000}
+    assert session.ask("identify") == {"level": "front-end", "critical": True, "freeze-ms": 60_000, "thaw-ms": 60_000}
     assert session.ask("prepare") == {}
     assert guest.told == []
     assert session.ask("freeze") == {"detail": {"hooks": hooks[::-1]}}

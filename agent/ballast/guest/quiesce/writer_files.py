@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 FOLDERS = (Path("/etc/ballast/writers.d"), Path("/usr/lib/ballast/writers"))  # the first that has a name has it
 
@@ -40,11 +41,16 @@ def why_unsafe(program: Path) -> str | None:
     return None
 
 
-def what_is_missing(program: Path) -> str | None:
-    """What the line ``# ballast-needs:`` asks for, if none of it is there; None if it may be started. OSError."""
+def what_is_missing(program: Path, config: Mapping[str, Any]) -> str | None:
+    """What the line ``# ballast-needs:`` asks for, if none of it is there; None if it may be started. OSError.
+
+    ``config`` is its own table, which it may need as ``[writer.NAME]``.
+    """
     with program.open("rb") as file:
         match = _NEEDS.search(file.read(_HEAD_BYTES))
     if match is None:
         return None
     needs = match.group(1).decode(errors="surrogateescape").split()
+    if config and f"[writer.{program.name}]" in needs:
+        return None
     return None if any(next(Path("/").glob(need.lstrip("/")), None) for need in needs) else f"no {' or '.join(needs)}"

@@ -139,7 +139,7 @@ class WriterProcess:
 
         def look() -> tuple[str | None, str | None]:
             unsafe = why_unsafe(self._path)
-            return unsafe, None if unsafe else what_is_missing(self._path)
+            return unsafe, None if unsafe else what_is_missing(self._path, self._session["config"])
 
         try:
             async with asyncio.timeout(timeout_s):

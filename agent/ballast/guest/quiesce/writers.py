@@ -73,6 +73,7 @@ class Member:
             self.state = "aborted"
         elif trouble is None and answer.get("held", True) is True:
             self.state = "thawed"
+            self.reason = str(answer["reason"])[:1000] if "reason" in answer else None
         else:
             self.state = "lost"
             self.reason = trouble.reason if trouble else str(answer.get("reason", "it says so"))[:1000]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,7 +14,10 @@ Answer = tuple[str, list[Any]]
 
 
 class Peer:
-    """``name`` is its own. Each call is put into ``asked`` and gets ``answers[member]``, else ``answer``."""
+    """``name`` is its own.
+
+    Each call is put into ``asked``, told to ``hear`` and gets ``answers[member]``, else ``answer``.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -23,6 +27,7 @@ class Peer:
         self.answers: dict[str, Answer] = {}
         self.error = ""
         self.is_silent = False
+        self.hear: Callable[[str], None] = lambda _: None
 
     async def __aenter__(self) -> Self:
         self._connection = await Connection.open(str(self._path))
@@ -56,6 +61,7 @@ class Peer:
         message = decode(frame)
         assert message is not None
         self.asked.put_nowait(message)
+        self.hear(str(message.member))
         if self.is_silent:
             return
         if self.error:

@@ -67,7 +67,7 @@ class QuiesceCommands:
         """What a freeze would cover, in which order, and what may go wrong in it. Changes nothing.
 
         Arguments: as those of ``ballast-quiesce-begin``; ``lease-ms`` is the configured one if absent.
-        Errors: bad-argument, deadline. Since 0.1.
+        What does not answer within 10 s is a risk. Errors: bad-argument. Since 0.1.
         """
         return await self._quiesce.outlook.forecast(lease_ms, mountpoints=mountpoints, exclude=exclude or ())
 

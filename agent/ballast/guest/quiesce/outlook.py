@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Collection
 
 from ballast.guest.config import Quiesce as Settings
 from ballast.guest.linux.tree import Tree
 from ballast.guest.quiesce import guard_protocol
+from ballast.guest.quiesce.culprits import ask_others
 from ballast.guest.quiesce.forecast import Plan, plan_freeze
 from ballast.guest.quiesce.graph import Graph
-from ballast.guest.quiesce.risks import Freeze, find_risks, read_dirty
-from ballast.guest.threads import in_thread
-from ballast.wire.errors import AgentError, BadRequest, DeadlineExceeded, NotSupported
-from ballast.wire.names import QuiesceForecast, Skipped
+from ballast.guest.quiesce.risks import READERS, Freeze, find_risks, read_dirty
+from ballast.guest.quiesce.witnesses import Starter
+from ballast.guest.units import start_unit
+from ballast.wire.errors import AgentError, BadRequest, NotSupported
+from ballast.wire.names import QuiesceForecast, Risk, Skipped
 
 LEASE_MIN_MS, LEASE_MAX_MS = 1_000, 600_000
-FORECAST_TIMEOUT_S = 10.0
+FORECAST_TIMEOUT_S = 10.0  # a host waits longer
 
 
 class Outlook:
     """Looks; changes nothing."""
 
-    def __init__(self, tree: Tree, settings: Settings) -> None:
+    def __init__(self, tree: Tree, settings: Settings, start: Starter = start_unit) -> None:
         self._tree = tree
         self._settings = settings
+        self._looks = READERS | ask_others(start)
 
     def plan(self, mountpoints: Collection[str] | None, exclude: Collection[str], *, strict: bool = True) -> Plan:
         """What to freeze, and in which order. BadRequest for a mount point that is none, unless not ``strict``.
@@ -49,27 +51,31 @@ class Outlook:
     async def forecast(
         self, lease_ms: int | None = None, *, mountpoints: Collection[str] | None = None, exclude: Collection[str] = ()
     ) -> QuiesceForecast:
-        """What a freeze would cover, and what may go wrong in it. As ``plan``, and DeadlineExceeded."""
+        """What a freeze would cover, and what may go wrong in it. As ``plan``; what does not answer is a risk."""
         lease_ms = self._settings.lease_ms if lease_ms is None else lease_ms
         check_lease(lease_ms)
         plan = self.plan(mountpoints, exclude)
-        # A daemon's file can be on a disk that does not answer.
-        look = in_thread(lambda: self._foretell(plan, lease_ms / 1000), name="quiesce-forecast")
         try:
-            async with asyncio.timeout(FORECAST_TIMEOUT_S):
-                return await look
-        except TimeoutError as error:
-            raise DeadlineExceeded(f"no forecast within {FORECAST_TIMEOUT_S:g} s: a disk does not answer") from error
-        except (OSError, ValueError) as error:
-            raise AgentError(f"cannot look at the system: {error}") from error
-
-    def _foretell(self, plan: Plan, lease_s: float) -> QuiesceForecast:
+            dirty_bytes = read_dirty(self._tree)
+        except OSError as error:
+            raise AgentError(f"cannot read how much is to be written: {error}") from error
         return QuiesceForecast(
             [[filesystem.mountpoint for filesystem in level] for level in plan.levels],
             [Skipped(one.filesystem.mountpoint, one.reason) for one in plan.skipped],
-            find_risks(Freeze(self._tree, Graph(self._tree), plan, lease_s)),
-            read_dirty(self._tree),
+            await self.risks(plan, lease_ms / 1000, timeout_s=FORECAST_TIMEOUT_S),
+            dirty_bytes,
         )
+
+    async def risks(self, plan: Plan, lease_s: float, *, timeout_s: float) -> list[Risk]:
+        """What may go wrong in a freeze by ``plan``, known after ``timeout_s`` at the latest. Not while frozen.
+
+        AgentError if the table of mounts cannot be read.
+        """
+        try:
+            freeze = Freeze(self._tree, Graph(self._tree), plan, lease_s)
+        except (OSError, ValueError) as error:
+            raise AgentError(f"cannot read the table of mounts: {error}") from error
+        return await find_risks(freeze, self._looks, timeout_s=timeout_s) if plan.levels else []
 
 
 def check_lease(lease_ms: int) -> None:

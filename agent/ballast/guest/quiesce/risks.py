@@ -7,15 +7,21 @@ others can tell is in ``culprits``.
 
 from __future__ import annotations
 
+import asyncio
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
+from ballast.guest.bus import BusError
 from ballast.guest.linux.mountinfo import parse_mountinfo, unescape
 from ballast.guest.linux.tree import Tree
 from ballast.guest.quiesce.forecast import FileSystem, Plan, may_not_answer
 from ballast.guest.quiesce.graph import Graph
+from ballast.guest.threads import in_thread
 from ballast.wire.names import Risk, RiskKind
+
+Look = Callable[["Freeze"], Awaitable[list[str]]]
 
 # systemd-journald.service: WatchdogSec=3min. A journald that waits for its disk is killed for it.
 _JOURNALD_WATCHDOG_S = 180
@@ -48,22 +54,27 @@ def read_dirty(tree: Tree) -> int:
     return sum(1024 * int(kib) for kib in _DIRTY.findall(tree.read("proc/meminfo")))
 
 
-def find_risks(freeze: Freeze) -> list[Risk]:
-    """Every risk that can be read, one entry for each culprit. Blocks for milliseconds."""
-    found = []
-    for kind, check in _CHECKS.items():
+async def find_risks(freeze: Freeze, looks: Mapping[RiskKind, Look], *, timeout_s: float) -> list[Risk]:
+    """What ``looks`` find, one entry for each culprit. All look at once, and for no longer than ``timeout_s``."""
+
+    async def find(kind: RiskKind) -> list[Risk]:
         try:
-            found += [Risk(kind, detail) for detail in check(freeze)]
-        except FileNotFoundError:  # the kernel or the system has no such thing
-            continue
-        except (OSError, ValueError) as error:
-            found.append(cannot_tell(kind, error))
-    return found
+            async with asyncio.timeout(timeout_s):
+                return [Risk(kind, detail) for detail in await looks[kind](freeze)]
+        except TimeoutError:
+            return [Risk(kind, f"cannot tell: no answer within {timeout_s:g} s")]
+        except (OSError, ValueError, BusError) as error:
+            return [Risk(kind, f"cannot tell: {error}")]
+
+    return [risk for risks in await asyncio.gather(*map(find, looks)) for risk in risks]
 
 
-def cannot_tell(kind: RiskKind, error: object) -> Risk:
-    """What stands for a risk that could not be looked at."""
-    return Risk(kind, f"cannot tell: {error}")
+async def _read(check: Callable[[Freeze], Iterator[str]], freeze: Freeze) -> list[str]:
+    """In a thread: a daemon's file can be on a disk that does not answer."""
+    try:
+        return await in_thread(lambda: [*check(freeze)], name="quiesce-look")
+    except FileNotFoundError:  # the kernel or the system has no such thing
+        return []
 
 
 def _hung_task_panic(freeze: Freeze) -> Iterator[str]:
@@ -157,12 +168,12 @@ def _read_local(freeze: Freeze, path: str) -> str:
     return freeze.tree.read(path)
 
 
-_CHECKS: dict[RiskKind, Callable[[Freeze], Iterator[str]]] = {
-    "hung-task-panic": _hung_task_panic,
-    "watchdog": _watchdog,
-    "nfs-export": _nfs_export,
-    "hidden-disk": _hidden_disk,
-    "logger": _logger,
-    "swap-file": _swap_file,
-    "own-file": _own_file,
+READERS: dict[RiskKind, Look] = {
+    "hung-task-panic": partial(_read, _hung_task_panic),
+    "watchdog": partial(_read, _watchdog),
+    "nfs-export": partial(_read, _nfs_export),
+    "hidden-disk": partial(_read, _hidden_disk),
+    "logger": partial(_read, _logger),
+    "swap-file": partial(_read, _swap_file),
+    "own-file": partial(_read, _own_file),
 }

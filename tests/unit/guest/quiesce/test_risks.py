@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
-from ballast.guest.config import Quiesce as Settings
 from ballast.guest.linux.tree import Tree
 from ballast.guest.quiesce.forecast import plan_freeze
 from ballast.guest.quiesce.graph import Graph
-from ballast.guest.quiesce.outlook import Outlook
-from ballast.guest.quiesce.risks import Freeze, find_risks
-from ballast.wire.errors import AgentError, BadRequest
-from ballast.wire.names import QuiesceForecast, Risk, Skipped
+from ballast.guest.quiesce.risks import READERS, Freeze, find_risks
+from ballast.wire.names import Risk
 from tests.unit.guest.conftest import MakeTree
 
 LEASE_S = 120.0
+DEADLINE_S = 10.0
 ROOT = "20 1 8:1 / / rw - ext4 /dev/sda1 rw\n"
 SRV = "21 20 8:17 / /srv rw - xfs /dev/sdb1 rw\n"
 CACHE = "22 21 0:30 / /srv/cache rw - tmpfs tmpfs rw\n"
@@ -42,7 +42,8 @@ def risks(make_tree: MakeTree, files: dict[str, str], lease_s: float = LEASE_S) 
 
 def find(tree: Tree, lease_s: float = LEASE_S) -> list[Risk]:
     """What is found in a tree."""
-    return find_risks(Freeze(tree, Graph(tree), plan_freeze(tree), lease_s))
+    freeze = Freeze(tree, Graph(tree), plan_freeze(tree), lease_s)
+    return asyncio.run(find_risks(freeze, READERS, timeout_s=DEADLINE_S))
 
 
 def test_a_quiet_system_has_no_risks(make_tree: MakeTree) -> None:
@@ -161,30 +162,3 @@ def test_what_cannot_be_read_is_no_no(make_tree: MakeTree, files: dict[str, str]
     (risk,) = risks(make_tree, files)
     assert risk.kind == kind
     assert risk.detail.startswith("cannot tell: ")
-
-
-async def test_a_forecast_has_order_skips_and_dirty_bytes(make_tree: MakeTree) -> None:
-    meminfo = "MemTotal: 1 kB\nDirty:              100 kB\nWriteback:            28 kB\nWritebackTmp:     4 kB\n"
-    outlook = Outlook(make_tree({"proc/1/mountinfo": ROOT + SRV + CACHE + RUN, "proc/meminfo": meminfo}), Settings())
-    told = await outlook.forecast()
-    assert told == QuiesceForecast([["/", "/srv"]], [Skipped("/srv/cache", "tmpfs cannot be frozen")], [], 128 << 10)
-
-
-async def test_a_peer_gets_it_for_the_configured_lease(make_tree: MakeTree) -> None:
-    meminfo = {"proc/meminfo": "Dirty: 0 kB\n"}
-    outlook = Outlook(make_tree({"proc/1/mountinfo": ROOT + SRV + RUN} | meminfo | HUNG), Settings(lease_ms=60_000))
-    assert [risk.kind for risk in (await outlook.forecast()).risks] == ["hung-task-panic"]
-    assert (await outlook.forecast(59_000)).risks == []
-    assert (await outlook.forecast(mountpoints=["/srv"])).order == [["/srv"]]
-    assert (await outlook.forecast(exclude=["/s*"])).order == [["/"]]
-    with pytest.raises(BadRequest, match="'lease-ms' expects 1000 to 600000"):
-        await outlook.forecast(999)
-    with pytest.raises(BadRequest, match="'mountpoints' names no mount point: /nowhere"):
-        await outlook.forecast(mountpoints=["/nowhere"])
-
-
-async def test_a_system_without_proc_is_an_error(make_tree: MakeTree) -> None:
-    with pytest.raises(AgentError, match="cannot read the table of mounts"):
-        await Outlook(make_tree({}), Settings()).forecast()
-    with pytest.raises(AgentError, match="cannot look at the system"):
-        await Outlook(make_tree({"proc/1/mountinfo": ROOT}), Settings()).forecast()

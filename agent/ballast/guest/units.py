@@ -75,6 +75,8 @@ def _send(message: Message, fd: int, path: str, deadline_s: float) -> None:
             driver = "org.freedesktop.DBus"
             hello = Message(driver, "/org/freedesktop/DBus", driver, "Hello", serial=1)
             bus.sendall(bytes(hello._marshall()))
+            # Only then: what is read together with the end of the authentication loses its descriptors.
+            _hear_answer(bus, hello.serial, deadline_s)
             socket.send_fds(bus, [bytes(message._marshall(negotiate_unix_fd=True))], [fd, fd])
             _hear_answer(bus, message.serial, deadline_s)
     finally:
@@ -98,12 +100,11 @@ def _hear_answer(bus: socket.socket, serial: int, deadline_s: float) -> None:
     while True:
         bus.settimeout(max(0.01, deadline_s - time.monotonic()))
         message = _receive(bus)
-        if message is None or message.reply_serial not in (1, serial):
+        if message is None or message.reply_serial != serial:
             continue
         if message.message_type is MessageType.ERROR:
             raise BusError(f"{message.error_name}: {message.body[0] if message.body else ''}")
-        if message.reply_serial == serial:
-            return
+        return
 
 
 def _receive(bus: socket.socket) -> Any:

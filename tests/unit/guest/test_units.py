@@ -46,7 +46,7 @@ class OneCall:
                 data += client.recv(1024)
             client.sendall(self._greeting)
             data = b""
-            messages: list[Message | None] = []
+            messages: list[Any] = []
             while len(messages) < 2:
                 part, fds, _, _ = socket.recv_fds(client, 1 << 16, 8)
                 if not part:
@@ -57,10 +57,11 @@ class OneCall:
                 while (length := _length(data)) and len(data) >= length:
                     messages.append(decode(data[:length]))
                     data = data[length:]
-            hello, self.call = messages
-            assert hello is not None
-            client.sendall(_frame(Message.new_method_return(hello, "s", [":1.7"])))
-            client.sendall(_frame(Message.new_signal("/a", "b.c", "NameAcquired", "s", [":1.7"])))
+                    if len(messages) == 1:
+                        assert not self.fds
+                        client.sendall(_frame(Message.new_method_return(messages[0], "s", [":1.7"])))
+                        client.sendall(_frame(Message.new_signal("/a", "b.c", "NameAcquired", "s", [":1.7"])))
+            self.call = messages[1]
             answer = self._answer(self.call)
             if answer is not None:
                 client.sendall(_frame(answer))

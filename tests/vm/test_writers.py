@@ -90,7 +90,7 @@ async def test_levels_and_users(vsock: str, token: str, guest: Guest, writers: W
     async with Agent.connect(vsock, token=token) as agent:
         begun = await agent.quiesce_begin(session_id, LEASE_MS)
         ended = await agent.quiesce_end(session_id)
-    assert begun.consistency == "application"
+    assert begun.consistency == "application", begun.writers
     assert [(one.name, one.state) for one in begun.writers if one.state != "absent"] == [
         ("shop", "frozen"),
         ("base", "frozen"),

@@ -20,9 +20,7 @@ _STDERR = 2
 
 # What it starts and leaves, a database server say, must live on after the writer's own unit: systemd.scope(5).
 SCOPE = ("/usr/bin/systemd-run", "--scope", "--quiet", "--collect", "--no-ask-password")
-# As in qemu-ga and vmtoolsd a shell starts it, for which a file without an interpreter line is a script too. Its first
-# argument is a file that says from then on that the program was begun.
-SHELL = ("/bin/sh", "-c", 'true >"$0"; exec "$@"')
+BEGIN = ("/bin/sh", str(Path(__file__).with_name("begin.sh")))
 
 
 class Ending:

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ballast.guest.writers.child import SCOPE, SHELL, Ending, await_stranger, read_start_ticks, run_child
+from ballast.guest.writers.child import BEGIN, SCOPE, Ending, await_stranger, read_start_ticks, run_child
 from ballast.guest.writers.program import AbsentError, Request, Writer, WriterError
 
 TYPE_CHECKING = False
@@ -161,7 +161,7 @@ class HookWriter(Writer):
             self._save()
 
         begun = self._begun(hook, step)
-        command = [*SHELL, str(begun), *command]
+        command = [*BEGIN, str(begun), *command]
         scope = [*SCOPE, f"--description=Ballast hook {hook.name}", "--"] if self._has_systemd else []
         ending = run_child([*scope, *command], timeout_s, started=remember)
         if scope and ending.status is not None and not begun.exists():

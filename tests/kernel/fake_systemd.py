@@ -1,6 +1,6 @@
 """What a writer's unit is to systemd, in a few lines: start, wait, run ExecStopPost= on the same streams, be gone.
 
-The programs and the script that undoes them are the real ones; cgroup.kill is a FIFO that kills all they started.
+The programs and the script that undoes them are the real ones; cgroup.procs names the program that runs.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import shlex
 import signal
 import subprocess
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ class FakeSystemd:
         if cgroup.exists():
             raise BusError("org.freedesktop.systemd1.UnitExists")
         cgroup.mkdir(parents=True)
-        os.mkfifo(cgroup / "cgroup.kill")
+        (cgroup / "cgroup.procs").touch()
         self.started.append((name, properties["User"].value if "User" in properties else "root"))
         fd = os.dup(stdio_fd)
         self._threads.append(threading.Thread(target=self._run, args=(cgroup, properties, fd), daemon=True))
@@ -50,29 +49,25 @@ class FakeSystemd:
         runtime = self.runtime / properties["RuntimeDirectory"].value[0]
         runtime.mkdir(parents=True, exist_ok=True)
         environment = {"PATH": os.environ["PATH"], "RUNTIME_DIRECTORY": str(runtime)}
-        killer_fd = os.open(cgroup / "cgroup.kill", os.O_RDWR | os.O_NONBLOCK)
         try:
             (start,) = properties["ExecStart"].value
-            status = self._run_one(start[1], environment, fd, killer_fd)
+            status = self._run_one(start[1], environment, fd, cgroup)
             environment |= {"EXIT_CODE": "killed" if status < 0 else "exited", "EXIT_STATUS": str(abs(status))}
             (stop,) = properties["ExecStopPost"].value
-            self._run_one(["/bin/sh", str(UNDO), *stop[1][1:]], environment, fd, killer_fd)
+            self._run_one(["/bin/sh", str(UNDO), *stop[1][1:]], environment, fd, cgroup)
         finally:
             os.close(fd)
-            os.close(killer_fd)
-            (cgroup / "cgroup.kill").unlink()
+            (cgroup / "cgroup.procs").unlink()
             cgroup.rmdir()
 
-    def _run_one(self, command: list[str], environment: dict[str, str], fd: int, killer_fd: int) -> int:
-        """Run in a process group of its own, which is killed when somebody writes to cgroup.kill, and at the end."""
+    def _run_one(self, command: list[str], environment: dict[str, str], fd: int, cgroup: Path) -> int:
+        """Run in a process group of its own, of which nothing is left at the end."""
         process: subprocess.Popen[Any] = subprocess.Popen(
             command, stdin=fd, stdout=fd, env=environment, start_new_session=True
         )
-        while (status := process.poll()) is None:
-            with contextlib.suppress(BlockingIOError):
-                if os.read(killer_fd, 16):
-                    _kill_group(process.pid)
-            time.sleep(0.005)
+        (cgroup / "cgroup.procs").write_text(f"{process.pid}\n")
+        status = process.wait()
+        (cgroup / "cgroup.procs").write_text("")
         _kill_group(process.pid)
         return status
 

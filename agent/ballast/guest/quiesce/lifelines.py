@@ -13,12 +13,14 @@ import socket
 import threading
 from collections.abc import Callable
 
+from ballast.guest.linux.cgroup import kill_all
+
 UNDO_S = 10.0  # for one writer and its abort, before whatever it is doing is killed
 KILLED_S = 10.0  # and then for the abort
 
 
 class Lifelines:
-    """``fds``: for each writer the socket to it and its cgroup.kill; taken over."""
+    """``fds``: for each writer the socket to it and its cgroup.procs; taken over."""
 
     def __init__(self, fds: list[int]) -> None:
         if len(fds) % 2:
@@ -42,11 +44,11 @@ class Lifelines:
         threading.Thread(target=self._undo_all, args=(done,), daemon=True).start()
 
     def _undo_all(self, done: Callable[[], None]) -> None:
-        for sock_fd, kill_fd in reversed(self._lines):
+        for sock_fd, procs_fd in reversed(self._lines):
             with socket.socket(fileno=os.dup(sock_fd)) as sock, contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_WR)
                 if not _hangs_up(sock, UNDO_S):
-                    os.write(kill_fd, b"1")
+                    kill_all(procs_fd)
                     _hangs_up(sock, KILLED_S)
         self.drop()
         done()

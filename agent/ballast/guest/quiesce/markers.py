@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ballast.guest.linux.cgroup import kill_all
+
 MARKERS = Path("/run/ballast/writers")
 CGROUPS = Path("/sys/fs/cgroup/ballast.slice")
 
@@ -38,9 +40,13 @@ def write_marker(path: Path, request: dict[str, Any]) -> None:
 
 
 def kill(cgroup: Path) -> None:
-    """Kill all that a writer has started: Documentation/admin-guide/cgroup-v2.rst, cgroup.kill."""
-    with contextlib.suppress(OSError):  # it is gone, or the kernel is older than 5.14
-        (cgroup / "cgroup.kill").write_text("1")
+    """Kill all that a writer has started."""
+    with contextlib.suppress(OSError):  # it is gone
+        fd = os.open(cgroup / "cgroup.procs", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            kill_all(fd)
+        finally:
+            os.close(fd)
 
 
 def _left(markers: Path) -> list[Path]:

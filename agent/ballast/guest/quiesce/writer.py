@@ -69,7 +69,7 @@ class Writer(Protocol):
         """
 
     def lifeline(self) -> tuple[int, int] | None:
-        """Descriptors by which the guard has it undone when the agent dies: a socket to hang up, a cgroup.kill file.
+        """Descriptors by which the guard has it undone when the agent dies: a socket to hang up, a cgroup.procs.
 
         They stay the writer's own. None if it needs no such thing. After ``start``.
         """

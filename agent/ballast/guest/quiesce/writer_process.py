@@ -61,7 +61,7 @@ class WriterProcess:
         self._cgroup = cgroups / unit_of(path.name)
         self._start_unit = start
         self._sock: socket.socket | None = None
-        self._kill_fd = -1
+        self._procs_fd = -1
         self._buffer = b""
         self._session: dict[str, Any] = {}
         self._is_suspect = False  # it may be doing what nobody waits for any more
@@ -118,7 +118,7 @@ class WriterProcess:
 
     def lifeline(self) -> tuple[int, int] | None:
         """See ``Writer``."""
-        return (self._sock.fileno(), self._kill_fd) if self._sock is not None else None
+        return (self._sock.fileno(), self._procs_fd) if self._sock is not None and self._procs_fd >= 0 else None
 
     def close(self) -> None:
         """See ``Writer``. One that hangs is killed; its unit starts nothing, for there is no marker."""
@@ -127,9 +127,9 @@ class WriterProcess:
         if self._sock is not None:
             self._sock.close()
             self._sock = None
-        if self._kill_fd >= 0:
-            os.close(self._kill_fd)
-            self._kill_fd = -1
+        if self._procs_fd >= 0:
+            os.close(self._procs_fd)
+            self._procs_fd = -1
         self._buffer = b""
 
     # Starting it.
@@ -158,10 +158,8 @@ class WriterProcess:
             await self._start_as(user, theirs.fileno(), deadline_s)
         request = {"verb": "identify", "protocol": PROTOCOL, **self._session}
         answer = await self._exchange(request, deadline_s - time.monotonic())
-        try:
-            self._kill_fd = os.open(self._cgroup / "cgroup.kill", os.O_WRONLY | os.O_CLOEXEC)
-        except OSError:  # before Linux 5.14, or without the unified hierarchy: nobody can be killed by it
-            self._kill_fd = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+        with contextlib.suppress(OSError):  # no unified hierarchy: it can only be hung up on
+            self._procs_fd = os.open(self._cgroup / "cgroup.procs", os.O_RDONLY | os.O_CLOEXEC)
         return read_description({"user": user} | answer, self._session["config"])
 
     async def _start_as(self, user: str, stdio_fd: int, deadline_s: float) -> None:

@@ -189,7 +189,7 @@ class WriterProcess:
             # What a writer that ended leaves running must not hold up its abort.
             "KillSignal": Variant("i", _SIGKILL),
             "RuntimeDirectory": Variant("as", [f"ballast-writer-{self.name}"]),
-            # Output is the descriptor. Were it said to be the journal too, the default, systemd would take one for both.
+            # It is the descriptor. Were it said to be the journal too, the default, systemd would take one for both.
             "StandardOutput": Variant("s", "null"),
             "StandardError": Variant("s", "journal"),
             "SyslogIdentifier": Variant("s", self.name),

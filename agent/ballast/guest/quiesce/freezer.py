@@ -93,6 +93,11 @@ class Freezes:
         self._told_thawed = False
 
     @property
+    def is_freezing(self) -> bool:
+        """Whether a FIFREEZE may still be waited for, or come."""
+        return self.cause is None and not self._told_frozen
+
+    @property
     def is_over(self) -> bool:
         """Whether the last word is said and no thread of this session is left."""
         return self._told_thawed and all(freezer.is_over for freezer in self.freezers)

@@ -20,7 +20,7 @@ from typing import Any
 
 from systemd.daemon import listen_fds
 
-from ballast.guest.linux import mman, notify
+from ballast.guest.linux import mman, notify, rcu
 from ballast.guest.quiesce import guard_protocol as protocol
 from ballast.guest.quiesce.freezer import Freezes
 from ballast.guest.quiesce.lifelines import Lifelines
@@ -86,6 +86,8 @@ class Guard:
             self._hold.cancel("stopped")
         for message in self._hold.advance(protocol.boottime_s()):
             self._tell(message)
+        if not self._hold.is_freezing:
+            rcu.restore()
         if self._hold.is_over:
             self._hold = None
             self._idle_since_s = protocol.boottime_s()
@@ -134,6 +136,7 @@ class Guard:
             self._lose_client()
         elif message["op"] == "freeze" and self._hold is None and not self._stopping:
             self._hold = Freezes(message["levels"], fds, _lease(message), self._wake)
+            rcu.expedite()
         elif message["op"] == "renew" and self._hold is not None and self._hold.cause is None:
             self._hold.expires_s = _lease(message)
             self._tell({"event": "renewed"})
@@ -182,6 +185,7 @@ def main() -> int:
     if not fds:
         sys.stderr.write("ballast-guard: no socket from systemd: it is started by ballast-guard.socket\n")
         return 2
+    rcu.restore()  # should an earlier guard have been killed in the middle of a freeze
     with contextlib.suppress(OSError):  # without CAP_IPC_LOCK it works all the same, a little later
         mman.lock_all_memory()
     guard = Guard(socket.socket(fileno=fds[0]))

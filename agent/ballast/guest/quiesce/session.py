@@ -27,13 +27,7 @@ from ballast.guest.quiesce.outlook import Outlook, check_lease
 from ballast.guest.quiesce.prelude import Order
 from ballast.guest.quiesce.recovery import clean_up
 from ballast.guest.quiesce.writers import Finder, Writers
-from ballast.wire.errors import (
-    BadRequest,
-    Busy,
-    KernelFailure,
-    LeaseExpired,
-    NoSuchId,
-)
+from ballast.wire.errors import BadRequest, Busy, KernelFailure, LeaseExpired, NoSuchId
 from ballast.wire.names import (
     EndReason,
     FilesystemResult,
@@ -257,8 +251,10 @@ class Quiesce:
             self._write_record()
             data["state"] = "thawed"
         elif hold.state == "frozen" and self._record.open is not None:
-            self._record.open.filesystems = hold.left_to_thaw()  # without what a stranger has frozen
-            self._write_record()
+            left = hold.left_to_thaw()
+            if left != self._record.open.filesystems:  # without what a stranger has frozen
+                self._record.open.filesystems = left
+                self._write_record()
         fields = {"FREEZE_ID": hold.order.id, "FREEZE_STATE": data["state"]}
         log.info("freeze %s is %s%s", hold.order.id, data["state"], f": {reason}" if reason else "", extra=fields)
         self._events.publish("BALLAST_QUIESCE", data | ({"reason": reason} if reason else {}))

@@ -14,7 +14,8 @@ from ballast.guest.quiesce.leftovers import open_filesystem
 from ballast.guest.threads import in_thread
 from ballast.wire.errors import AgentError, DeadlineExceeded, KernelFailure
 
-SYNC_PASSES = 2
+SYNC_PASSES = 3
+SHORT_S = 0.1  # a pass as short as this leaves little: what a freeze has to write is what came up during the pass
 
 
 async def open_filesystems(filesystems: Sequence[FileSystem], *, timeout_s: float) -> list[int]:
@@ -44,7 +45,7 @@ async def open_filesystems(filesystems: Sequence[FileSystem], *, timeout_s: floa
 
 
 async def sync_filesystems(fds: Sequence[int], *, timeout_s: float) -> float:
-    """Write out dirty data twice, all file systems at once, so that the freeze has little left to write.
+    """Write out dirty data, all file systems at once, until a pass has had little to do; three times at most.
 
     Returns the seconds that it took. Out of time is no error: the freeze itself will have to write the rest.
     """
@@ -52,9 +53,12 @@ async def sync_filesystems(fds: Sequence[int], *, timeout_s: float) -> float:
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(timeout_s):
             for _ in range(SYNC_PASSES):
+                pass_s = time.monotonic()
                 for done in [in_thread(_syncer(fd), name="quiesce-sync") for fd in fds]:
                     with contextlib.suppress(OSError):  # FIFREEZE will say it with more right
                         await done
+                if time.monotonic() - pass_s < SHORT_S:
+                    break
     return time.monotonic() - started_s
 
 

@@ -108,12 +108,15 @@ class GuardConnection:
             self.pidfd = -1
 
     def _readable(self) -> None:
-        try:
-            message, _ = protocol.receive(self._sock)
-        except BlockingIOError:
-            return
-        except (OSError, ValueError):
-            message = None
-        if message is None:
-            asyncio.get_running_loop().remove_reader(self._sock.fileno())
-        self._messages.put_nowait(message or {"event": "lost"})
+        """Take all that has come: a frozen file system waits for the last of it."""
+        while True:
+            try:
+                message, _ = protocol.receive(self._sock)
+            except BlockingIOError:
+                return
+            except (OSError, ValueError):
+                message = None
+            self._messages.put_nowait(message or {"event": "lost"})
+            if message is None:
+                asyncio.get_running_loop().remove_reader(self._sock.fileno())
+                return

@@ -67,9 +67,11 @@ async def test_the_page_s_service_registers_takes_part_and_registers_again(tmp_p
     async with asyncio.timeout(START_S):
         said, _ = await shop.communicate()  # without a bus it ends
     assert said.decode().splitlines() == [
+        "registered",
         "checkpoint",
         "hold orders back",
         "take orders",
         "the snapshot is good",
+        "registered",
         "take orders: too slow",
     ]

@@ -8,7 +8,7 @@ DEBS   := dist/.complete
 # The same as another version, for trying upgrades and downgrades.
 NEXT   := dist/next/.complete
 
-.PHONY: help deps venv lint packages test test-unit test-kernel test-vm demo faults balloon-faults balloon-trials dimms clean
+.PHONY: help deps venv lint packages test test-unit test-kernel test-vm demo faults balloon-faults balloon-trials dimms bench clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -49,6 +49,9 @@ balloon-trials: $(VENV) $(DEBS) ## the balloon pinned, lied about and needed bac
 
 dimms: $(VENV) $(DEBS) ## a hundred DIMMs that come, are used and go, in a guest
 	.venv/bin/python -m tests.vm.dimms
+
+bench: $(VENV) $(DEBS) ## how long writers stand still for a freeze, with us and with qemu-ga; into docs/benchmarks.md
+	.venv/bin/python -m tests.vm.bench --document docs/benchmarks.md
 
 clean: ## remove what make has built; guests' images stay in the cache
 	rm -rf .venv dist agent/*.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

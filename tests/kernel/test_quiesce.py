@@ -248,3 +248,15 @@ async def test_no_descriptor_or_thread_stays_behind(make_loop_fs: MakeLoopFs, ma
             await asyncio.to_thread(net.join, 5)
         descriptors.append(len(list(Path("/proc/self/fd").iterdir())))
     assert descriptors[1:] == descriptors[1:2] * 3
+
+
+async def test_a_freeze_tells_what_it_risks(
+    make_loop_fs: MakeLoopFs, make_quiesce: MakeQuiesce, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    filesystem = make_loop_fs("ext4")
+    quiesce = make_quiesce(filesystem)
+    (tmp_path / "tree/proc/swaps").write_text(f"Filename Type Size\n{filesystem.path}/swap file 1024\n")
+    risk = f"{filesystem.path}/swap is swapped to while {filesystem.path} is frozen, so its disk is not still"
+    assert risk in [risk.detail for risk in (await quiesce.begin("a", 30_000)).risks]
+    assert f"freeze a: swap-file: {risk}" in caplog.text
+    assert (await quiesce.end("a")).held

@@ -20,6 +20,7 @@ from ballast.wire.names import (
     QuiesceEnded,
     QuiesceForecast,
     QuiesceStatus,
+    Risk,
     WriterResult,
 )
 
@@ -104,15 +105,18 @@ def forecast_tables(told: QuiesceForecast) -> list[Table]:
     if told.skip:
         rows = [(one.mountpoint, one.reason) for one in told.skip]
         tables.append(Table("would be left out", rows, ("MOUNT POINT", "REASON")))
-    if told.risks:
-        risks = [(risk.kind, risk.detail) for risk in told.risks]
-        tables.append(Table("may go wrong", risks, ("RISK", "CULPRIT")))
+    tables += _risk_tables(told.risks)
     sums = [
         ("file systems", str(len(levels))),
         ("risks", str(len(told.risks)) if told.risks else "none"),
         ("to be written first", format_size(told.dirty_bytes)),
     ]
     return [*tables, Table("forecast", sums)]
+
+
+def _risk_tables(risks: Sequence[Risk]) -> list[Table]:
+    rows = [(risk.kind, risk.detail) for risk in risks]
+    return [Table("may go wrong", rows, ("RISK", "CULPRIT"))] if rows else []
 
 
 def begun_tables(begun: QuiesceBegun) -> list[Table]:
@@ -124,7 +128,8 @@ def begun_tables(begun: QuiesceBegun) -> list[Table]:
         ("sync took", format_ms(begun.sync_ms)),
         ("freeze took", format_ms(begun.freeze_ms)),
     ]
-    return [Table("frozen", rows), *filesystem_tables(begun.filesystems, begun.writers)]
+    tables = filesystem_tables(begun.filesystems, begun.writers)
+    return [Table("frozen", rows), *tables, *_risk_tables(begun.risks)]
 
 
 def ended_tables(ended: QuiesceEnded) -> list[Table]:

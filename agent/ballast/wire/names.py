@@ -231,6 +231,14 @@ class WriterResult:
 
 
 @dataclass(frozen=True, slots=True)
+class Risk:
+    """What may go wrong in a freeze; ``detail`` names the culprit."""
+
+    kind: RiskKind
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
 class QuiesceBegun:
     """``ballast-quiesce-begin``."""
 
@@ -241,6 +249,7 @@ class QuiesceBegun:
     freeze_ms: float
     filesystems: list[FilesystemResult]
     writers: list[WriterResult] = field(default_factory=list)
+    risks: list[Risk] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,14 +287,6 @@ class Skipped:
 
     mountpoint: str
     reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Risk:
-    """What may go wrong in a freeze; ``detail`` names the culprit."""
-
-    kind: RiskKind
-    detail: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -257,6 +257,14 @@ def test_a_freeze_of_a_part_is_5(ctl: Run, agent: FakeAgent, change: dict[str, A
     assert ctl("freeze", *command)[0] == 5
 
 
+@pytest.mark.parametrize("command", [[], ["--", "true"]])
+def test_risks_of_a_freeze_are_shown_and_are_no_failure(ctl: Run, agent: FakeAgent, command: list[str]) -> None:
+    agent.answers["ballast-quiesce-begin"] = lambda arguments: begun(arguments) | {"risks": FORECAST["risks"]}
+    status, out, _ = ctl("freeze", *command)
+    assert status == 0
+    assert "may go wrong\n  RISK      CULPRIT\n  fanotify  scanner (812) has to permit\n" in out
+
+
 def test_skipped_file_systems_are_no_part_that_failed(ctl: Run, agent: FakeAgent) -> None:
     skipped = FILESYSTEM | {"state": "skipped", "reason": "vfat cannot be frozen"}
     agent.answers["ballast-quiesce-begin"] = lambda arguments: begun(arguments) | {"filesystems": [FILESYSTEM, skipped]}

@@ -8,27 +8,26 @@ from functools import partial
 
 from ballast.guest.linux.fanotify import Mark
 from ballast.guest.quiesce.risks import Freeze, Look
-from ballast.guest.quiesce.witnesses import Starter, list_permission_marks, list_queueing_maps, list_timers
-from ballast.guest.units import start_unit
+from ballast.guest.quiesce.witnesses import Witnesses
 from ballast.wire.names import RiskKind
 
 _TIMER_STAMPS = "/var/lib/systemd/timers"  # systemd.timer(5), Persistent=
 _NAMED = 3  # mount points, before the rest is only counted
 
 
-def ask_others(start: Starter = start_unit) -> dict[RiskKind, Look]:
-    """What to ask; ``start`` starts a transient unit. Not while anything of ours is frozen: PID 1 has to answer."""
+def ask_others(witnesses: Witnesses) -> dict[RiskKind, Look]:
+    """What to ask. Not while anything of ours is frozen: PID 1 has to answer."""
     return {
-        "fanotify": partial(_fanotify_holders, start),
-        "timer": _due_timers,
-        "multipath": partial(_queueing_maps, start),
+        "fanotify": partial(_fanotify_holders, witnesses),
+        "timer": partial(_due_timers, witnesses),
+        "multipath": partial(_queueing_maps, witnesses),
     }
 
 
-async def _fanotify_holders(start: Starter, freeze: Freeze) -> list[str]:
+async def _fanotify_holders(witnesses: Witnesses, freeze: Freeze) -> list[str]:
     """Who opens what is marked waits for the holder, which waits in turn if it writes to what is frozen."""
     marks: dict[int, list[Mark]] = {}
-    for mark in await list_permission_marks(start):
+    for mark in await witnesses.permission_marks.get(freeze.max_age_s):
         marks.setdefault(mark.pid, []).append(mark)
     return [
         f"{_name(freeze, pid)} ({pid}) has to permit whatever is opened on {_places(freeze, its)}; if it waits for "
@@ -37,7 +36,7 @@ async def _fanotify_holders(start: Starter, freeze: Freeze) -> list[str]:
     ]
 
 
-async def _queueing_maps(start: Starter, freeze: Freeze) -> list[str]:
+async def _queueing_maps(witnesses: Witnesses, freeze: Freeze) -> list[str]:
     """With queue_if_no_path no write fails when the last path does, so that none ends: nor freeze, nor thaw."""
     users: dict[str, list[str]] = {}
     for filesystem in freeze.plan.filesystems:
@@ -46,7 +45,7 @@ async def _queueing_maps(start: Starter, freeze: Freeze) -> list[str]:
                 users.setdefault(name, []).append(filesystem.mountpoint)
     if not users:
         return []
-    queues = await list_queueing_maps(start)
+    queues = await witnesses.queueing_maps.get(freeze.max_age_s)
     if unknown := sorted(users.keys() - queues):
         raise ValueError(f"device-mapper does not tell of {', '.join(unknown)}")
     return [
@@ -56,12 +55,16 @@ async def _queueing_maps(start: Starter, freeze: Freeze) -> list[str]:
     ]
 
 
-async def _due_timers(freeze: Freeze) -> list[str]:
+async def _due_timers(witnesses: Witnesses, freeze: Freeze) -> list[str]:
     """systemd writes down when it started a persistent timer's unit: PID 1 waits for the disk, and so does all else."""
     stops = freeze.stops(_TIMER_STAMPS)
     if stops is None:
         return []
-    left_s = {name: due_s - time.time() for name, due_s in (await list_timers()).items()}
+    now_s = time.time()
+    timers = await witnesses.timers.get(freeze.max_age_s)
+    if any(due_s <= now_s for due_s in timers.values()):  # since they were asked for: it is due at another time now
+        timers = await witnesses.timers.get(0.0)
+    left_s = {name: due_s - now_s for name, due_s in timers.items()}
     return [
         f"{name} is due {f'in {left:.0f} s' if left >= 1 else 'now'}: systemd writes its stamp to {stops.mountpoint}, "
         f"and starts nothing more until the thaw"

@@ -19,6 +19,7 @@ from ballast.guest.quiesce.guard_client import GuardConnection
 from ballast.guest.quiesce.guard_protocol import boottime_s
 from ballast.guest.quiesce.net import Net
 from ballast.guest.quiesce.outcome import Outcome, end_reason
+from ballast.guest.quiesce.outlook import Outlook
 from ballast.guest.quiesce.prelude import Order, Prelude, Ready
 from ballast.guest.quiesce.writers import Writers
 from ballast.wire.errors import AgentError, DeadlineExceeded, KernelFailure, LeaseExpired
@@ -39,6 +40,7 @@ class Surroundings:
     """
 
     settings: Settings
+    outlook: Outlook
     guard_path: str
     opening: Callable[[Hold, int], None]
     changed: Callable[[Hold, EndReason | None], None]
@@ -58,7 +60,9 @@ class Hold:
         self.begun: asyncio.Future[QuiesceBegun] = loop.create_future()
         self.ended: asyncio.Future[QuiesceEnded] = loop.create_future()
         self._around = around
-        self._prelude = Prelude(order, self.outcome, plan, writers, around.settings, around.guard_path)
+        self._prelude = Prelude(
+            order, self.outcome, plan, writers, around.settings, guard_path=around.guard_path, outlook=around.outlook
+        )
         self._resources = contextlib.ExitStack()
         self._guard: GuardConnection | None = None
         self._net: Net | None = None
@@ -138,7 +142,7 @@ class Hold:
         await self._freeze(started_s + min(self._around.settings.freeze_timeout_ms / 1000, self.order.lease_s))
         self._frozen_at_s = boottime_s()
         self.state = "frozen"
-        self.begun.set_result(self._answer(ready.sync_s, self._frozen_at_s - started_s))
+        self.begun.set_result(self._answer(ready, self._frozen_at_s - started_s))
         self._around.changed(self, None)
         await self._end()
 
@@ -228,15 +232,16 @@ class Hold:
             self._renewed.set_result(None)
         return message
 
-    def _answer(self, sync_s: float, freeze_s: float) -> QuiesceBegun:
+    def _answer(self, ready: Ready, freeze_s: float) -> QuiesceBegun:
         return QuiesceBegun(
             id=self.order.id,
             consistency=self._consistency(),
             lease_ms=round(1000 * self.order.lease_s),
-            sync_ms=round(1000 * sync_s, 3),
+            sync_ms=round(1000 * ready.sync_s, 3),
             freeze_ms=round(1000 * freeze_s, 3),
             filesystems=self.outcome.filesystems,
             writers=self.writers.results,
+            risks=ready.risks,
         )
 
     def _consistency(self) -> Literal["application", "filesystem", "none"]:

@@ -11,7 +11,7 @@ from ballast.guest.quiesce.culprits import ask_others
 from ballast.guest.quiesce.forecast import Plan, plan_freeze
 from ballast.guest.quiesce.graph import Graph
 from ballast.guest.quiesce.risks import READERS, Freeze, find_risks, read_dirty
-from ballast.guest.quiesce.witnesses import Starter
+from ballast.guest.quiesce.witnesses import Starter, Witnesses
 from ballast.guest.units import start_unit
 from ballast.wire.errors import AgentError, BadRequest, NotSupported
 from ballast.wire.names import QuiesceForecast, Risk, Skipped
@@ -26,7 +26,7 @@ class Outlook:
     def __init__(self, tree: Tree, settings: Settings, start: Starter = start_unit) -> None:
         self._tree = tree
         self._settings = settings
-        self._looks = READERS | ask_others(start)
+        self._looks = READERS | ask_others(Witnesses(start))
 
     def plan(self, mountpoints: Collection[str] | None, exclude: Collection[str], *, strict: bool = True) -> Plan:
         """What to freeze, and in which order. BadRequest for a mount point that is none, unless not ``strict``.
@@ -66,13 +66,13 @@ class Outlook:
             dirty_bytes,
         )
 
-    async def risks(self, plan: Plan, lease_s: float, *, timeout_s: float) -> list[Risk]:
+    async def risks(self, plan: Plan, lease_s: float, *, timeout_s: float, max_age_s: float = 0.0) -> list[Risk]:
         """What may go wrong in a freeze by ``plan``, known after ``timeout_s`` at the latest. Not while frozen.
 
-        AgentError if the table of mounts cannot be read.
+        What others have told within ``max_age_s`` is not asked again. AgentError if the table of mounts cannot be read.
         """
         try:
-            freeze = Freeze(self._tree, Graph(self._tree), plan, lease_s)
+            freeze = Freeze(self._tree, Graph(self._tree), plan, lease_s, max_age_s)
         except (OSError, ValueError) as error:
             raise AgentError(f"cannot read the table of mounts: {error}") from error
         return await find_risks(freeze, self._looks, timeout_s=timeout_s) if plan.levels else []

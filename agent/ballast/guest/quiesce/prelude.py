@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 from dataclasses import dataclass
 
@@ -15,12 +16,18 @@ from ballast.guest.config import Quiesce as Settings
 from ballast.guest.quiesce.forecast import Plan
 from ballast.guest.quiesce.guard_client import GuardConnection
 from ballast.guest.quiesce.outcome import Outcome
+from ballast.guest.quiesce.outlook import Outlook
 from ballast.guest.quiesce.prepare import open_filesystems, sync_filesystems
 from ballast.guest.quiesce.writers import Writers
-from ballast.wire.errors import DeadlineExceeded, WriterRefused
+from ballast.wire.errors import AgentError, DeadlineExceeded, WriterRefused
+from ballast.wire.names import Risk
 from ballast.wire.shape import to_wire
 
+log = logging.getLogger(__name__)
+
 GUARD_START_S = 30.0  # enough for a stuck one to be killed and the next to start
+LOOK_S = 2.0  # how long whoever is asked for a risk may keep a freeze waiting
+LOOKED_S = 300.0  # how long what others told before is good enough not to wait at all
 SYNC_HELD_S = 2.0  # how long an application is held for the little that it has just written
 
 
@@ -40,13 +47,22 @@ class Ready:
     fds: list[int]
     sync_s: float
     guard: GuardConnection
+    risks: list[Risk]
 
 
 class Prelude:
     """One session's."""
 
     def __init__(
-        self, order: Order, outcome: Outcome, plan: Plan, writers: Writers, settings: Settings, guard_path: str
+        self,
+        order: Order,
+        outcome: Outcome,
+        plan: Plan,
+        writers: Writers,
+        settings: Settings,
+        *,
+        guard_path: str,
+        outlook: Outlook,
     ) -> None:
         self._order = order
         self._outcome = outcome
@@ -54,23 +70,40 @@ class Prelude:
         self._writers = writers
         self._settings = settings
         self._guard_path = guard_path
+        self._outlook = outlook
 
     async def run(self, resources: contextlib.ExitStack) -> Ready:
         """Get ready; what must be let go of later goes to ``resources``. AgentError, and then writers want undoing."""
         connecting = asyncio.ensure_future(self._connect(resources))
         opening = asyncio.ensure_future(self._open(resources))
+        looking = asyncio.ensure_future(self._look())
         try:
             await self._writers.start()
             guard = await connecting
             guard.keep(self._writers.lifelines())
             fds = await opening
             self._check_writers()
-            return Ready(fds, await self._settle(fds), guard)
+            # Not later: it asks PID 1, and nothing that is written meanwhile is left for the freeze to write.
+            risks = await looking
+            return Ready(fds, await self._settle(fds), guard, risks)
         except BaseException:
-            for task in (connecting, opening):
+            for task in (connecting, opening, looking):
                 task.cancel()
-            await asyncio.gather(connecting, opening, return_exceptions=True)
+            await asyncio.gather(connecting, opening, looking, return_exceptions=True)
             raise
+
+    async def _look(self) -> list[Risk]:
+        """Foresee what may go wrong; that it cannot be foreseen is no reason not to freeze."""
+        try:
+            risks = await self._outlook.risks(self._plan, self._order.lease_s, timeout_s=LOOK_S, max_age_s=LOOKED_S)
+        except AgentError as error:
+            log.warning("freeze %s: no forecast: %s", self._order.id, error.desc)
+            return []
+        for risk in risks:
+            log.warning(
+                "freeze %s: %s: %s", self._order.id, risk.kind, risk.detail, extra={"FREEZE_ID": self._order.id}
+            )
+        return risks
 
     async def _connect(self, resources: contextlib.ExitStack) -> GuardConnection:
         guard = await GuardConnection.open(self._guard_path, timeout_s=GUARD_START_S)

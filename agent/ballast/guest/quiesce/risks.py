@@ -32,12 +32,16 @@ _PROCESS = re.compile(r"\d+")
 
 @dataclass(frozen=True, slots=True)
 class Freeze:
-    """A freeze that may come: in which system, of what, for how long at most."""
+    """A freeze that may come: in which system, of what, for how long at most.
+
+    ``max_age_s``: how old may be what others have told, whom to ask takes time.
+    """
 
     tree: Tree
     graph: Graph
     plan: Plan
     lease_s: float
+    max_age_s: float = 0.0
 
     @property
     def devices(self) -> set[str]:

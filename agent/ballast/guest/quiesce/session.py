@@ -72,7 +72,7 @@ class Quiesce:
         self._markers = markers
         self._record_path = record_path
         self._record = record.Record()
-        self._around = Surroundings(config.quiesce, guard_path, self._opening, self._changed)
+        self._around = Surroundings(config.quiesce, self.outlook, guard_path, self._opening, self._changed)
         self._current: Hold | None = None
         # A begin can come after its own end, over another connection: nobody waits for it any more.
         self._ended_unbegun: deque[str] = deque(maxlen=64)

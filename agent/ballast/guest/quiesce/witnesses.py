@@ -12,13 +12,16 @@ import contextlib
 import itertools
 import os
 import socket
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from typing import Generic, TypeVar
 
 from ballast.guest.bus import Variant
 from ballast.guest.linux.fanotify import Mark, parse_permission_marks
 from ballast.guest.units import command_line, start_unit
 
+T = TypeVar("T")
 Starter = Callable[..., Awaitable[None]]  # as start_unit
 
 # include/uapi/linux/capability.h
@@ -35,32 +38,55 @@ _LIST_TIMERS = ("systemctl", "show", "--property=Id,Persistent,NextElapseUSecRea
 _numbers = itertools.count(1)
 
 
-async def list_permission_marks(start: Starter = start_unit) -> list[Mark]:
-    """What any process has to permit, by fanotify(7). BusError, OSError, TimeoutError, ValueError, as the others."""
-    limits = {
-        # Of root's files it needs none, and of its one right nothing but to read in /proc.
-        "User": Variant("s", "nobody"),
-        "AmbientCapabilities": Variant("t", _CAP_SYS_PTRACE),
-        "SystemCallFilter": Variant("(bas)", [False, ["@debug", "process_vm_readv", "process_vm_writev"]]),
-    }
-    text = await _ask_in_unit(("/bin/sh", "-c", _LIST_FANOTIFY), _CAP_SYS_PTRACE, limits, start)
-    if not text.startswith("all\n"):
-        raise ValueError("nobody lets us look at processes")
-    return parse_permission_marks(text)
+class Kept(Generic[T]):
+    """What somebody told, and when: asking costs PID 1 and us some time."""
+
+    def __init__(self, ask: Callable[[], Awaitable[T]]) -> None:
+        self._ask = ask
+        self._told: tuple[float, T] | None = None
+
+    async def get(self, max_age_s: float) -> T:
+        """Ask, unless it was told within ``max_age_s``. BusError, OSError, TimeoutError, ValueError."""
+        if self._told is None or time.monotonic() - self._told[0] > max_age_s:
+            asked_s = time.monotonic()
+            self._told = (asked_s, await self._ask())
+        return self._told[1]
 
 
-async def list_queueing_maps(start: Starter = start_unit) -> dict[str, bool]:
-    """All multipath maps, and whether each keeps what it cannot write for ever."""
-    limits = {"DeviceAllow": Variant("a(ss)", [["/dev/mapper/control", "rw"]])}
-    return parse_multipath(await _ask_in_unit(_LIST_MULTIPATH, _CAP_SYS_ADMIN, limits, start))
+class Witnesses:
+    """``start`` starts a transient unit."""
+
+    def __init__(self, start: Starter = start_unit) -> None:
+        self._start = start
+        self.permission_marks = Kept(self._list_permission_marks)
+        self.queueing_maps = Kept(self._list_queueing_maps)
+        self.timers = Kept(_list_timers)
+
+    async def _list_permission_marks(self) -> list[Mark]:
+        """What any process has to permit, by fanotify(7)."""
+        limits = {
+            # Of root's files it needs none, and of its one right nothing but to read in /proc.
+            "User": Variant("s", "nobody"),
+            "AmbientCapabilities": Variant("t", _CAP_SYS_PTRACE),
+            "SystemCallFilter": Variant("(bas)", [False, ["@debug", "process_vm_readv", "process_vm_writev"]]),
+        }
+        text = await _ask_in_unit(("/bin/sh", "-c", _LIST_FANOTIFY), _CAP_SYS_PTRACE, limits, self._start)
+        if not text.startswith("all\n"):
+            raise ValueError("nobody lets us look at processes")
+        return parse_permission_marks(text)
+
+    async def _list_queueing_maps(self) -> dict[str, bool]:
+        """All multipath maps, and whether each keeps what it cannot write for ever."""
+        limits = {"DeviceAllow": Variant("a(ss)", [["/dev/mapper/control", "rw"]])}
+        return parse_multipath(await _ask_in_unit(_LIST_MULTIPATH, _CAP_SYS_ADMIN, limits, self._start))
 
 
-async def list_timers(command: Sequence[str] = _LIST_TIMERS) -> dict[str, float]:
-    """When each persistent timer is due, in seconds since the epoch."""
-    # Times in a form that depends on nothing. By systemd's own socket: no bus is needed.
+async def _list_timers() -> dict[str, float]:
+    """When each persistent timer is due, in seconds since the epoch. By systemd's own socket: no bus is needed."""
+    # Times in a form that depends on nothing.
     environment = {"PATH": os.environ.get("PATH", os.defpath), "TZ": "UTC", "LC_ALL": "C"}
     process = await asyncio.create_subprocess_exec(
-        *command,
+        *_LIST_TIMERS,
         env=environment,
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
@@ -70,7 +96,7 @@ async def list_timers(command: Sequence[str] = _LIST_TIMERS) -> dict[str, float]
         assert process.stdout is not None
         text = await _read_text(process.stdout)
         if status := await process.wait():
-            raise ValueError(f"{command[0]} exits with {status}")
+            raise ValueError(f"{_LIST_TIMERS[0]} exits with {status}")
     finally:
         if process.returncode is None:
             process.kill()

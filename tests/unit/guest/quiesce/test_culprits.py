@@ -14,7 +14,7 @@ from ballast.guest.quiesce.culprits import ask_others
 from ballast.guest.quiesce.forecast import plan_freeze
 from ballast.guest.quiesce.graph import Graph
 from ballast.guest.quiesce.risks import Freeze, find_risks
-from ballast.guest.quiesce.witnesses import parse_multipath, parse_timers
+from ballast.guest.quiesce.witnesses import Witnesses, parse_multipath, parse_timers
 from ballast.wire.names import Risk
 from tests.unit.guest.conftest import MakeTree
 from tests.unit.guest.quiesce.conftest import FakeSystemd
@@ -33,12 +33,18 @@ Find = Callable[..., Awaitable[list[Risk]]]
 def find(make_tree: MakeTree, systemd: FakeSystemd) -> Find:
     """What is found beside a root and a data disk; kind and detail."""
 
+    witnesses = Witnesses(systemd.start)
+
     async def find(
-        files: dict[str, str] = MULTIPATH, *, mounts: tuple[str, ...] = (ROOT, DATA), timeout_s: float = 10
+        files: dict[str, str] = MULTIPATH,
+        *,
+        mounts: tuple[str, ...] = (ROOT, DATA),
+        timeout_s: float = 10,
+        max_age_s: float = 0,
     ) -> list[Risk]:
         tree = make_tree(table(*mounts) | files)
-        freeze = Freeze(tree, Graph(tree), plan_freeze(tree), LEASE_S)
-        return await find_risks(freeze, ask_others(systemd.start), timeout_s=timeout_s)
+        freeze = Freeze(tree, Graph(tree), plan_freeze(tree), LEASE_S, max_age_s)
+        return await find_risks(freeze, ask_others(witnesses), timeout_s=timeout_s)
 
     return find
 
@@ -181,3 +187,29 @@ async def test_who_does_not_answer_is_not_waited_for(find: Find, systemd: FakeSy
 async def test_who_talks_for_ever_is_not_listened_to(find: Find, systemd: FakeSystemd) -> None:
     systemd.timers("exec yes")
     assert await find({}) == [Risk("timer", "cannot tell: the answer is too long")]
+
+
+async def test_what_was_told_just_now_is_not_asked_again(find: Find, systemd: FakeSystemd) -> None:
+    systemd.maps = f"mpatha: 0 8 multipath 1 queue_if_no_path {PATHS}\n"
+    systemd.timers(f"cat <<'END'\n{show('logrotate.timer', utc(30))}END")
+    told = await find(max_age_s=300)
+    assert [risk.kind for risk in told] == ["timer", "multipath"]
+    systemd.timers("exit 1")
+    assert [risk.kind for risk in await find(max_age_s=300)] == ["timer", "multipath"]
+    assert len(systemd.units) == 2
+    assert (await find())[0].detail == "cannot tell: systemctl exits with 1"
+    assert len(systemd.units) == 4
+
+
+async def test_a_timer_that_was_due_since_is_asked_for_anew(find: Find, systemd: FakeSystemd) -> None:
+    systemd.timers(f"cat <<'END'\n{show('logrotate.timer', utc(-5))}END")
+    assert [risk.kind for risk in await find({}, max_age_s=300)] == ["timer"]
+    systemd.timers(f"cat <<'END'\n{show('logrotate.timer', utc(86400))}END")
+    assert await find({}, max_age_s=300) == []
+
+
+async def test_who_did_not_tell_is_asked_again(find: Find, systemd: FakeSystemd) -> None:
+    systemd.error = BusError("no, not now")
+    assert [risk.kind for risk in await find({}, max_age_s=300)] == ["fanotify"]
+    systemd.error = None
+    assert await find({}, max_age_s=300) == []

@@ -13,6 +13,7 @@ FOLDERS = (Path("/etc/ballast/writers.d"), Path("/usr/lib/ballast/writers"))  # 
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
 _NEEDS = re.compile(rb"^# ballast-needs: *(.+)$", re.MULTILINE)
 _HEAD_BYTES = 1024
+_WORD_BYTES = 1 << 16
 
 
 def find_writers(folders: Sequence[Path] = FOLDERS) -> list[Path]:
@@ -53,4 +54,16 @@ def what_is_missing(program: Path, config: Mapping[str, Any]) -> str | None:
     needs = match.group(1).decode(errors="surrogateescape").split()
     if config and f"[writer.{program.name}]" in needs:
         return None
-    return None if any(next(Path("/").glob(need.lstrip("/")), None) for need in needs) else f"no {' or '.join(needs)}"
+    return None if any(_is_there(need) for need in needs) else f"no {' or '.join(needs)}"
+
+
+def _is_there(need: str) -> bool:
+    """Whether there is a file for ``PATTERN``, or one without a word for ``PATTERN!WORD``. OSError."""
+    pattern, _, word = need.partition("!")
+    return any(not word or not _contains(file, word) for file in Path("/").glob(pattern.lstrip("/")))
+
+
+def _contains(file: Path, word: str) -> bool:
+    """Whether ``word`` is in the beginning of ``file``. OSError."""
+    with file.open("rb") as opened:
+        return word.encode(errors="surrogateescape") in opened.read(_WORD_BYTES)

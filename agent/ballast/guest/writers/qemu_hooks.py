@@ -8,7 +8,6 @@ and a thaw has the reverse order. A program of the administrator's own in its pl
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,8 +15,8 @@ from ballast.guest.writers.hooks import Hook, HookWriter, is_leftover
 from ballast.guest.writers.program import run
 
 _FOLDERS = ("etc/qemu", "etc/qemu-ga")
-# The loop that all versions of QEMU's and the distributions' share: ``for file in "$FSFREEZE_D"/* ; do``.
-_STOCK = re.compile(rb'^\s*for \w+ in "\$FSFREEZE_D"/\*', re.MULTILINE)
+# All versions have it: ``for file in "$FSFREEZE_D"/* ; do``. The launcher names it too.
+_STOCK = b"FSFREEZE_D"
 _STOCK_LIMIT_BYTES = 1 << 16
 
 
@@ -50,7 +49,7 @@ def _is_program(file: Path) -> bool:
 
 def _is_stock(dispatcher: Path) -> bool:
     with dispatcher.open("rb") as file:
-        return _STOCK.search(file.read(_STOCK_LIMIT_BYTES)) is not None
+        return _STOCK in file.read(_STOCK_LIMIT_BYTES)
 
 
 def main() -> int:

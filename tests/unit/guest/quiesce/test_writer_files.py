@@ -17,6 +17,9 @@ from ballast.guest.quiesce.writer_files import find_writers, what_is_missing
         ("# ballast-needs: {root}/none", {}, "no {root}/none"),
         ("# ballast-needs: {root}/none {root}/th*", {}, None),
         ("# ballast-needs: {root}/none/* {root}/no*", {}, "no {root}/none/* or {root}/no*"),
+        ("# ballast-needs: {root}/there!stock", {}, "no {root}/there!stock"),
+        ("# ballast-needs: {root}/th*!custom", {}, None),
+        ("# ballast-needs: {root}/none!stock", {}, "no {root}/none!stock"),
         ("# ballast-needs: [writer.shop]", {}, "no [writer.shop]"),
         ("# ballast-needs: [writer.shop]", {"level": "system"}, None),
         ("# ballast-needs: [writer.other]", {"level": "system"}, "no [writer.other]"),
@@ -25,7 +28,7 @@ from ballast.guest.quiesce.writer_files import find_writers, what_is_missing
 def test_a_writer_is_started_only_where_it_has_what_it_needs(
     tmp_path: Path, needs: str, config: dict[str, str], missing: str | None
 ) -> None:
-    tmp_path.joinpath("there").touch()
+    tmp_path.joinpath("there").write_text("for stock in shop\n")
     program = tmp_path / "shop"
     program.write_text(f"#!/bin/sh\n{needs.format(root=tmp_path)}\n")
     assert what_is_missing(program, config) == (missing and missing.format(root=tmp_path))

@@ -16,10 +16,10 @@ import ctypes
 import json
 import mmap
 import os
+import random
 import re
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import time
@@ -34,7 +34,7 @@ RESCUE_S = 45
 PERIOD_S = 0.002
 STAMPS = 1 << 16  # what is remembered of each probe's writes: two minutes and more
 FILE, LOAD_FILE = ".bench-probe", ".bench-load"
-BLOCK_BYTES, LOAD_BLOCKS, PAUSE_S = 64 << 10, 1024, 0.004  # a file of 64 MiB, at most 16 MiB/s
+BLOCK_BYTES, LOAD_BLOCKS, PAUSE_S = 16 << 10, 4096, 0.002  # a file of 64 MiB, at most 8 MiB/s
 _DIRTY = re.compile(r"^(?:Dirty|Writeback): +(\d+) kB$", re.MULTILINE)
 _PR_SET_PDEATHSIG = 1
 
@@ -66,19 +66,19 @@ class Probe(Writer):
 
     def __init__(self, mountpoint: str) -> None:
         self.mountpoint = mountpoint
-        self._ring = mmap.mmap(-1, 8 * (STAMPS + 1))  # the number of writes, then their times
+        memory = memoryview(mmap.mmap(-1, 8 * (STAMPS + 1)))
+        # Views, since struct.pack_into() writes zeros before it writes the value, and the other side may see them.
+        self._count, self._times = memory[:8].cast("q"), memory[8:].cast("d")
         super().__init__(Path(mountpoint, FILE))
 
     @property
     def writes(self) -> int:
         """How many have gone through."""
-        count: int = struct.unpack_from("q", self._ring)[0]
-        return count
+        return self._count[0]
 
     def at(self, number: int) -> float:
         """When a write was done (CLOCK_MONOTONIC, seconds)."""
-        at_s: float = struct.unpack_from("d", self._ring, 8 + 8 * (number % STAMPS))[0]
-        return at_s
+        return self._times[number % STAMPS]
 
     def longest_gap_s(self, first: int, until_s: float) -> float:
         """The longest time between a write, from number ``first`` on, and the next, to the first after ``until_s``."""
@@ -98,9 +98,9 @@ class Probe(Writer):
         page, number = bytes(mmap.PAGESIZE), 0
         while True:
             os.pwrite(fd, page, 0)
-            struct.pack_into("d", self._ring, 8 + 8 * (number % STAMPS), time.monotonic())
+            self._times[number % STAMPS] = time.monotonic()
             number += 1
-            struct.pack_into("q", self._ring, 0, number)
+            self._count[0] = number
             time.sleep(PERIOD_S)
 
 
@@ -129,17 +129,16 @@ class Peer:
 
 
 class Load(Writer):
-    """Overwrites a file from end to end, again and again, a block at a time with a pause after each."""
+    """Overwrites blocks of a file, here and there as a database does, with a pause after each."""
 
     def __init__(self, kind: str, mountpoint: str) -> None:
         super().__init__(Path(mountpoint, LOAD_FILE), os.O_DIRECT if kind == "direct" else 0)
 
     def _write_for_ever(self, fd: int) -> None:
         block = mmap.mmap(-1, BLOCK_BYTES)  # a page's boundary is what O_DIRECT wants
-        number = 0
+        chance = random.Random(0)
         while True:
-            os.pwrite(fd, block, number % LOAD_BLOCKS * BLOCK_BYTES)
-            number += 1
+            os.pwrite(fd, block, chance.randrange(LOAD_BLOCKS) * BLOCK_BYTES)
             time.sleep(PAUSE_S)
 
 

@@ -128,6 +128,8 @@ def begun_tables(begun: QuiesceBegun) -> list[Table]:
         ("sync took", format_ms(begun.sync_ms)),
         ("freeze took", format_ms(begun.freeze_ms)),
     ]
+    if begun.dirty_bytes is not None:
+        rows.append(("left to write", format_size(begun.dirty_bytes)))
     tables = filesystem_tables(begun.filesystems, begun.writers)
     return [Table("frozen", rows), *tables, *_risk_tables(begun.risks)]
 

@@ -240,7 +240,7 @@ class Risk:
 
 @dataclass(frozen=True, slots=True)
 class QuiesceBegun:
-    """``ballast-quiesce-begin``."""
+    """``ballast-quiesce-begin``; ``dirty_bytes`` were left to write when the freeze began, None if nobody knows."""
 
     id: str
     consistency: Literal["application", "filesystem", "none"]
@@ -250,6 +250,7 @@ class QuiesceBegun:
     filesystems: list[FilesystemResult]
     writers: list[WriterResult] = field(default_factory=list)
     risks: list[Risk] = field(default_factory=list)
+    dirty_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -242,6 +242,7 @@ class Hold:
             filesystems=self.outcome.filesystems,
             writers=self.writers.results,
             risks=ready.risks,
+            dirty_bytes=ready.dirty_bytes,
         )
 
     def _consistency(self) -> Literal["application", "filesystem", "none"]:

@@ -6,11 +6,12 @@ from collections.abc import Collection
 
 from ballast.guest.config import Quiesce as Settings
 from ballast.guest.linux.tree import Tree
+from ballast.guest.linux.writeback import read_dirty_bytes
 from ballast.guest.quiesce import guard_protocol
 from ballast.guest.quiesce.culprits import ask_others
 from ballast.guest.quiesce.forecast import Plan, plan_freeze
 from ballast.guest.quiesce.graph import Graph
-from ballast.guest.quiesce.risks import READERS, Freeze, find_risks, read_dirty
+from ballast.guest.quiesce.risks import READERS, Freeze, find_risks
 from ballast.guest.quiesce.witnesses import Starter, Witnesses
 from ballast.guest.units import start_unit
 from ballast.wire.errors import AgentError, BadRequest, NotSupported
@@ -56,7 +57,7 @@ class Outlook:
         check_lease(lease_ms)
         plan = self.plan(mountpoints, exclude)
         try:
-            dirty_bytes = read_dirty(self._tree)
+            dirty_bytes = read_dirty_bytes(self._tree)
         except OSError as error:
             raise AgentError(f"cannot read how much is to be written: {error}") from error
         return QuiesceForecast(
@@ -65,6 +66,13 @@ class Outlook:
             await self.risks(plan, lease_ms / 1000, timeout_s=FORECAST_TIMEOUT_S),
             dirty_bytes,
         )
+
+    def dirty_bytes(self) -> int | None:
+        """What waits to be written at this moment; None where it cannot be read."""
+        try:
+            return read_dirty_bytes(self._tree)
+        except OSError:
+            return None
 
     async def risks(self, plan: Plan, lease_s: float, *, timeout_s: float, max_age_s: float = 0.0) -> list[Risk]:
         """What may go wrong in a freeze by ``plan``, known after ``timeout_s`` at the latest. Not while frozen.

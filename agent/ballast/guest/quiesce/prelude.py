@@ -46,6 +46,7 @@ class Ready:
 
     fds: list[int]
     sync_s: float
+    dirty_bytes: int | None
     guard: GuardConnection
     risks: list[Risk]
 
@@ -85,7 +86,7 @@ class Prelude:
             self._check_writers()
             # Not later: it asks PID 1, and nothing that is written meanwhile is left for the freeze to write.
             risks = await looking
-            return Ready(fds, await self._settle(fds), guard, risks)
+            return Ready(fds, await self._settle(fds), self._outlook.dirty_bytes(), guard, risks)
         except BaseException:
             for task in (connecting, opening, looking):
                 task.cancel()

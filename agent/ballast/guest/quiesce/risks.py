@@ -26,7 +26,6 @@ Look = Callable[["Freeze"], Awaitable[list[str]]]
 # systemd-journald.service: WatchdogSec=3min. A journald that waits for its disk is killed for it.
 _JOURNALD_WATCHDOG_S = 180
 _OURS = "/run/ballast"
-_DIRTY = re.compile(r"^(?:Dirty|Writeback): +(\d+) kB$", re.MULTILINE)
 _PROCESS = re.compile(r"\d+")
 
 
@@ -51,11 +50,6 @@ class Freeze:
     def stops(self, path: str) -> FileSystem | None:
         """The file system for which a write to ``path`` would wait."""
         return self.graph.writes_to(path, self.devices)
-
-
-def read_dirty(tree: Tree) -> int:
-    """Bytes that wait to be written: proc_meminfo(5). OSError."""
-    return sum(1024 * int(kib) for kib in _DIRTY.findall(tree.read("proc/meminfo")))
 
 
 async def find_risks(freeze: Freeze, looks: Mapping[RiskKind, Look], *, timeout_s: float) -> list[Risk]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
+from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,8 @@ ERROR_PREFIX = "org.ballast.Error."
 _DBUS = "org.freedesktop.DBus."
 _PROPERTIES, _INTROSPECTABLE, _PEER = _DBUS + "Properties", _DBUS + "Introspectable", _DBUS + "Peer"
 _CALLS_MAX = 16  # at work at a time
+# That all is frozen the bus hears a moment later: it would take the CPU from whoever is to make the snapshot.
+_FROZEN_REST_S = 0.1
 _METHODS = {"Freeze": "tas", "Thaw": "s", "RegisterWriter": "soa{sv}", "UnregisterWriter": "s"}
 _TYPES = {"PressureLevel": "s", "BalloonBytes": "t", "FreezeState": "s", "Version": "s"}
 
@@ -68,6 +71,7 @@ class Dbus:
         }
         self._balloon_bytes = balloon_bytes
         self._told: dict[str, Any] = {"PressureLevel": "low", "FreezeState": "thawed", "Version": version}
+        self._to_emit: deque[tuple[str, Any]] = deque()
         self._at_work: set[asyncio.Task[None]] = set()
         events.subscribe(Subscription(frozenset({"BALLAST_QUIESCE", "BALLAST_BALLOON"}), self._hear))
 
@@ -96,8 +100,18 @@ class Dbus:
         return True
 
     def _tell(self, name: str, value: Any) -> None:
-        if self._told.get(name) != value:
-            self._told[name] = value
+        if self._told.get(name) == value:
+            return
+        self._told[name] = value
+        self._to_emit.append((name, value))
+        if value == "frozen":
+            asyncio.get_running_loop().call_later(_FROZEN_REST_S, self._emit)
+        else:
+            self._emit()
+
+    def _emit(self) -> None:
+        while self._to_emit:
+            name, value = self._to_emit.popleft()
             changed = {name: Variant(_TYPES[name], value)}
             self._bus.emit(PATH, _PROPERTIES, "PropertiesChanged", "sa{sv}as", INTERFACE, changed, [])
 

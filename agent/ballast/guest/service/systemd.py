@@ -23,6 +23,8 @@ from ballast.guest.linux.notify import notify, watchdog_s
 
 _QUEUED_LINES = 1000
 _FLUSH_S = 1.0
+# Lines rest for a moment: journald would take the CPU from whoever is to make a snapshot, while writers stand still.
+_REST_S = 0.1
 _PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
 
 
@@ -33,6 +35,7 @@ class JournalHandler(logging.Handler):
         super().__init__()
         self._lines: queue.Queue[logging.LogRecord | None] = queue.Queue(_QUEUED_LINES)
         self._dropped = 0
+        self._closing = threading.Event()
         self._to_journal = "JOURNAL_STREAM" in os.environ
         self._thread = threading.Thread(target=self._write_all, name="journal", daemon=True)
         self._thread.start()
@@ -46,6 +49,7 @@ class JournalHandler(logging.Handler):
 
     def close(self) -> None:
         """Give the thread a moment to write what is queued."""
+        self._closing.set()
         try:
             self._lines.put_nowait(None)
         except queue.Full:
@@ -55,13 +59,20 @@ class JournalHandler(logging.Handler):
         super().close()
 
     def _write_all(self) -> None:
-        while (record := self._lines.get()) is not None:
+        while (record := self._next()) is not None:
             dropped, self._dropped = self._dropped, 0
             text = self.format(record) + (f" ({dropped} earlier lines were dropped)" if dropped else "")
             # Names from the wire may hold what is no UTF-8.
             text = text.encode(errors="backslashreplace").decode()
             with contextlib.suppress(OSError):  # there is nobody to tell, and the next line may get through
                 self._write(record, text)
+
+    def _next(self) -> logging.LogRecord | None:
+        with contextlib.suppress(queue.Empty):
+            return self._lines.get_nowait()
+        record = self._lines.get()
+        self._closing.wait(_REST_S)
+        return record
 
     def _write(self, record: logging.LogRecord, text: str) -> None:
         if not self._to_journal:

@@ -33,11 +33,16 @@ PACKAGES = (
     "python3-dbus-next", "e2fsprogs", "xfsprogs", "btrfs-progs", "qemu-guest-agent", "stress-ng",
 )  # fmt: skip
 
+# Real servers for Ballast's writers. Nothing but a test that wants them starts their units.
+SERVERS = {"trixie": ("postgresql", "mariadb-server", "valkey-server"), "bookworm": ()}
+SERVER_UNITS = ("postgresql@17-main.service", "mariadb.service", "valkey-server.service")
+
 # stress-ng links to OpenGL, whose drivers bring 200 MB that nothing here loads.
 EXCLUDED_PATHS = (
     "/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", "/usr/share/info/*", "/usr/share/lintian/*",
     "/usr/lib/systemd/system/multi-user.target.wants/systemd-logind.service",  # the bus starts it when it is asked
     "/usr/share/initramfs-tools/*/udev", "/usr/share/initramfs-tools/scripts/*/udev",
+    "/usr/lib/systemd/system-generators/postgresql-generator",  # a script, at each boot and daemon-reload
     "/usr/lib/x86_64-linux-gnu/libLLVM*", "/usr/lib/x86_64-linux-gnu/libgallium*", "/usr/lib/x86_64-linux-gnu/dri/*",
 )  # fmt: skip
 
@@ -82,6 +87,9 @@ KillMode=process
     "/etc/udev/rules.d/99-lab-shell.rules": (
         'SUBSYSTEM=="virtio-ports", ATTR{name}=="lab.shell.0", TAG+="systemd", ENV{SYSTEMD_WANTS}="lab-shell.service"\n'
     ),
+    # A small log, and no look at all tables after each start.
+    "/etc/mysql/mariadb.conf.d/99-lab.cnf": "[mariadbd]\ninnodb_log_file_size=16M\ninnodb_buffer_pool_size=64M\n",
+    "/etc/systemd/system/mariadb.service.d/lab.conf": "[Service]\nExecStartPost=\n",
     # Only what finds the root file system on a virtio disk, and no udev for it: a small initrd is a fast boot.
     "/etc/initramfs-tools/conf.d/lab": "MODULES=list\nRUNSIZE=10%\nRESUME=none\n",
     "/etc/initramfs-tools/modules": "virtio_pci\nvirtio_blk\next4\n",
@@ -171,11 +179,13 @@ def _mmdebstrap(suite: str, tree: Path, files: Path) -> list[str]:
     """The command that installs Debian into `tree`, in a mount namespace so that its mounts go with it."""
     return [
         *("unshare", "--mount", "--", "mmdebstrap", "--quiet", "--mode=root", "--variant=essential"),
-        f"--include={','.join(PACKAGES)}",
+        f"--include={','.join(PACKAGES + SERVERS[suite])}",
         "--dpkgopt=force-unsafe-io",
         *(f"--dpkgopt=path-exclude={path}" for path in EXCLUDED_PATHS),
         # Before the packages of --include, since the kernel's makes the initrd.
         f"--essential-hook=sync-in {files} /",
+        '--customize-hook=cd "$1/etc/systemd/system/multi-user.target.wants" &&'
+        " rm -f postgresql.service mariadb.service valkey-server.service",
         # Equal times tell systemd that nothing under /usr awaits an update of /etc and /var.
         '--customize-hook=touch -r "$1/usr" "$1/etc/.updated" "$1/var/.updated"',
         *(suite, str(tree), f"deb [signed-by={KEYRING}] {_mirror()} {suite} main"),

@@ -260,3 +260,14 @@ async def test_a_freeze_tells_what_it_risks(
     assert risk in [risk.detail for risk in (await quiesce.begin("a", 30_000)).risks]
     assert f"freeze a: swap-file: {risk}" in caplog.text
     assert (await quiesce.end("a")).held
+
+
+async def test_a_freeze_tells_what_was_left_to_write(
+    make_loop_fs: MakeLoopFs, make_quiesce: MakeQuiesce, tmp_path: Path
+) -> None:
+    quiesce = make_quiesce(make_loop_fs())
+    assert (await quiesce.begin("a", 30_000)).dirty_bytes is None
+    await quiesce.end("a")
+    (tmp_path / "tree/proc/meminfo").write_text("Dirty: 12 kB\nWriteback: 4 kB\n")
+    assert (await quiesce.begin("b", 30_000)).dirty_bytes == 16 << 10
+    await quiesce.end("b")

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import pytest
+
 from ballast.host.agent import Agent
+from ballast.wire.errors import AgentError
+from ballast.wire.names import QuiesceEnded
 from tests.lab.guest import Guest
 from tests.vm.unit import AGENT, configured, show, usage
 
@@ -18,6 +25,11 @@ HEARD = "/run/heard.json"
 AS_NOBODY = ["setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups", "--"]
 LEASE_MS = 60_000
 RESCUE = f"setsid sh -c 'sleep 60; fsfreeze -u {DISK}' </dev/null >/dev/null 2>&1 & echo $!"
+
+PAGE = Path(__file__).parents[2] / "docs/dbus.md"
+SHOP, SHOP_SAID, SHOP_UNIT = "/run/shop.py", "/run/shop.said", "shop.service"
+RUN_SHOP = f"systemd-run --quiet --collect --unit={SHOP_UNIT} --property=StandardOutput=append:{SHOP_SAID}"
+ORDERS_STOP, ORDERS_GO_ON = ["checkpoint", "hold orders back"], ["take orders", "the snapshot is good"]
 
 # Stalls without a shortage: more than a unit of its own may have without being held back.
 PRESS = "systemd-run --unit=press --property=MemoryHigh=8M --quiet -- python3 -c 'x = bytearray(64 << 20)'"
@@ -129,3 +141,85 @@ def test_the_configuration_keeps_the_agent_off_the_bus(guest: Guest) -> None:
     with configured(guest, "[dbus]\nenabled = false\n"):
         assert "not provided by any .service files" in method(guest, "Freeze", "tas", str(LEASE_MS), "1", DISK)
     wait_name(guest)
+
+
+# The service of docs/dbus.md takes part in freezes.
+
+
+class Shop:
+    """What it has printed since it was last asked."""
+
+    def __init__(self, guest: Guest) -> None:
+        self._guest = guest
+        self._lines = 0
+
+    def said(self) -> list[str]:
+        lines = self._guest.get(SHOP_SAID).decode().splitlines()
+        self._lines, seen = len(lines), self._lines
+        return lines[seen:]
+
+    def wait(self, *lines: str) -> list[str]:
+        """Wait until it has said all of these; what else it has said comes with them."""
+        for line in lines:
+            new = f"tail -n +{self._lines + 1} {SHOP_SAID}"
+            self._guest.run(f"until {new} | grep -qxF '{line}'; do sleep 0.1; done", timeout_s=90)
+        return self.said()
+
+
+@pytest.fixture
+def shop(guest: Guest) -> Iterator[Shop]:
+    guest.put(SHOP, PAGE.read_text().partition("```python\n")[2].partition("```")[0].encode())
+    wait_name(guest)
+    guest.run(f": >{SHOP_SAID}; {RUN_SHOP} -- python3 -IB {SHOP}")
+    shop = Shop(guest)
+    shop.wait("registered")
+    yield shop
+    guest.run(f"systemctl stop {SHOP_UNIT} || true; rm {SHOP} {SHOP_SAID}")
+
+
+async def begin(vsock: str, token: str) -> str:
+    """Freeze all there is, with the shop; the session's id."""
+    session_id = str(uuid.uuid4())
+    async with Agent.connect(vsock, token) as agent:
+        begun = await agent.quiesce_begin(session_id, LEASE_MS)
+    assert ("shop", "frozen") in [(writer.name, writer.state) for writer in begun.writers]
+    return session_id
+
+
+async def end(vsock: str, token: str, session_id: str) -> QuiesceEnded:
+    """Thaw; an agent that is just starting is asked again."""
+    deadline_s = time.monotonic() + 90
+    while True:
+        try:
+            async with Agent.connect(vsock, token) as agent:
+                return await agent.quiesce_end(session_id)
+        except (AgentError, OSError):
+            assert time.monotonic() < deadline_s
+            time.sleep(0.2)
+
+
+async def test_a_service_is_asked_in_order_and_lost_if_it_dies_frozen(
+    guest: Guest, vsock: str, token: str, shop: Shop
+) -> None:
+    ended = await end(vsock, token, await begin(vsock, token))
+    assert (ended.held, [one.state for one in ended.writers if one.name == "shop"]) == (True, ["thawed"])
+    assert shop.wait(ORDERS_GO_ON[-1]) == ORDERS_STOP + ORDERS_GO_ON
+    session_id = await begin(vsock, token)
+    guest.run(f"systemctl kill --signal=KILL {SHOP_UNIT}")
+    ended = await end(vsock, token, session_id)
+    assert (ended.held, ended.reason) == (False, "writer-lost")
+    assert shop.said() == ORDERS_STOP
+
+
+async def test_a_service_hears_once_from_the_next_agent_that_it_is_over(
+    guest: Guest, vsock: str, token: str, shop: Shop
+) -> None:
+    session_id = await begin(vsock, token)
+    assert shop.said() == ORDERS_STOP
+    guest.run(["systemctl", "kill", "--signal=KILL", AGENT])
+    ended = await end(vsock, token, session_id)
+    assert (ended.held, ended.reason) == (False, "agent-restarted")
+    told = ["registered", "take orders: the agent was restarted"]
+    assert sorted(shop.wait(*told)) == told
+    assert (await end(vsock, token, await begin(vsock, token))).held
+    assert shop.wait(ORDERS_GO_ON[-1]) == ORDERS_STOP + ORDERS_GO_ON

@@ -100,6 +100,22 @@ async def test_it_is_asked_before_and_after_and_not_while_frozen(stage: Stage) -
     assert not any(was_frozen for _, was_frozen in stage.heard)
 
 
+async def test_nobody_on_the_bus_is_called_while_frozen(stage: Stage) -> None:
+    await stage.register()
+    async with Peer(stage.bus.path) as idle, Peer(stage.bus.path) as monitor:
+        await stage.services.register("idle", idle.name, "/idle", {"level": "front-end"})
+        idle.answers = dict(ANSWERS)
+        await monitor.monitor()
+        begun = await stage.quiesce.begin("x", LEASE_MS)
+        assert stage.results(begun.writers) == {"shop": "frozen", "idle": "frozen"}
+        assert sorted(await monitor.take(4)) == ["Freeze", "Freeze", "Prepare", "Prepare"]
+        idle.leave()
+        while len(stage.services.writers()) > 1:  # noqa: ASYNC110 - nobody tells of it
+            await asyncio.sleep(0)
+        assert stage.results((await stage.quiesce.end("x")).writers) == {"shop": "thawed", "idle": "lost"}
+        assert await monitor.take(2) == ["Thaw", "Post"]
+
+
 async def test_what_leaves_the_bus_while_frozen_did_not_hold(stage: Stage) -> None:
     await stage.register()
     async with frozen(stage):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
-from ballast.guest.bus_connection import Connection, Message, decode
+from ballast.guest.bus_connection import DRIVER, DRIVER_PATH, Connection, Message, decode
 
 Answer = tuple[str, list[Any]]
 
@@ -44,6 +44,14 @@ class Peer:
     def leave(self) -> None:
         """Hang up."""
         self._connection.close()
+
+    async def monitor(self) -> None:
+        """From now on take in every call on the bus, whoever makes it, and be silent."""
+        self.is_silent = True
+        body: list[Any] = [["type='method_call'"], 0]
+        interface = "org.freedesktop.DBus.Monitoring"
+        message = Message(DRIVER, DRIVER_PATH, interface, "BecomeMonitor", signature="asu", body=body)
+        await self._connection.call(message)
 
     async def take(self, count: int) -> list[str]:
         """Wait until it was called that many times more; the members."""

@@ -12,6 +12,7 @@ import pytest
 
 from ballast.guest.bus import Bus, Variant
 from ballast.guest.events import Events
+from ballast.guest.quiesce.record import Open, Record, write_record
 from ballast.guest.quiesce.services import Services
 from ballast.guest.quiesce.session import Quiesce
 from ballast.guest.quiesce.writer import Writer
@@ -158,3 +159,16 @@ async def test_a_service_that_hangs_is_aborted_once_and_stops_the_freeze_if_it_i
     assert (await stage.quiesce.end("y")).held
     assert await stage.peer.take(3) == ["Prepare", "Freeze", "Abort"]
     assert stage.peer.asked.empty()
+
+
+async def test_what_was_prepared_when_the_agent_died_is_named_as_lost(
+    make_loop_fs: MakeLoopFs, make_quiesce: Callable[..., Quiesce], tmp_path: Path
+) -> None:
+    write_record(tmp_path / "quiesce.json", Record(Open("x", 2**22 + 1, "1", [])))
+    (tmp_path / "services").mkdir()
+    (tmp_path / "services/shop").touch()
+    async with asyncio.timeout(DEADLINE_S):
+        ended = await make_quiesce(make_loop_fs()).end("x")
+    assert [(ended.held, one.name, one.state, one.reason) for one in ended.writers] == [
+        (False, "shop", "lost", "the agent was restarted")
+    ]

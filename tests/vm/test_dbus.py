@@ -219,6 +219,7 @@ async def test_a_service_hears_once_from_the_next_agent_that_it_is_over(
     guest.run(["systemctl", "kill", "--signal=KILL", AGENT])
     ended = await end(vsock, token, session_id)
     assert (ended.held, ended.reason) == (False, "agent-restarted")
+    assert ("shop", "lost") in [(one.name, one.state) for one in ended.writers]
     told = ["registered", "take orders: the agent was restarted"]
     assert sorted(shop.wait(*told)) == told
     assert (await end(vsock, token, await begin(vsock, token))).held

@@ -49,13 +49,19 @@ def kill(cgroup: Path) -> None:
             os.close(fd)
 
 
-def _left(markers: Path) -> list[Path]:
+def services_of(markers: Path) -> Path:
+    """Where the marks of services are (writer_service.py), beside those of programs."""
+    return markers.with_name("services")
+
+
+def left_in(markers: Path) -> list[Path]:
+    """The marks there are."""
     return sorted(markers.iterdir()) if markers.is_dir() else []
 
 
 async def see_undone(markers: Path = MARKERS, cgroups: Path = CGROUPS) -> list[str]:
     """Wait until every writer that an agent left is undone, and has ended; their names. What hangs is killed."""
-    left = _left(markers)
+    left = left_in(markers)
     waiting = {cgroups / unit_of(marker.name) for marker in left}
     for patience_s in (UNDO_S, KILLED_S):
         deadline_s = time.monotonic() + patience_s

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from ballast.guest.bus import Bus
+from ballast.guest.quiesce.markers import MARKERS, services_of
 from ballast.guest.quiesce.writer import Writer, WriterFailed, read_description
 from ballast.guest.quiesce.writer_service import Prepared, Service, WriterService, abort, take_prepared
 from ballast.wire.errors import BadRequest, Busy, Frozen, NoSuchId
 
 log = logging.getLogger(__name__)
 
-MARKERS = Path("/run/ballast/services")
-
+_MARKERS = services_of(MARKERS)
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")  # as of programs
 _SERVICES_MAX = 32
 _ABORT_S = 60.0
@@ -26,7 +26,7 @@ _ABORT_S = 60.0
 class Services:
     """Those that registered, by name; forgotten when they or the bus go away. ``run`` undoes what was left."""
 
-    def __init__(self, bus: Bus, *, is_frozen: Callable[[], bool], markers: Path = MARKERS) -> None:
+    def __init__(self, bus: Bus, *, is_frozen: Callable[[], bool], markers: Path = _MARKERS) -> None:
         self._bus = bus
         self._is_frozen = is_frozen
         self._markers = markers

@@ -22,7 +22,7 @@ from ballast.guest.quiesce import guard_protocol, record
 from ballast.guest.quiesce.forecast import Plan
 from ballast.guest.quiesce.guard_protocol import boottime_s
 from ballast.guest.quiesce.hold import Hold, Surroundings
-from ballast.guest.quiesce.markers import MARKERS, see_undone
+from ballast.guest.quiesce.markers import MARKERS, left_in, see_undone, services_of
 from ballast.guest.quiesce.outlook import Outlook, check_lease
 from ballast.guest.quiesce.prelude import Order
 from ballast.guest.quiesce.recovery import clean_up
@@ -281,7 +281,8 @@ class Quiesce:
             await see_undone(self._markers)
             return
         found = await clean_up(left, self._around.guard_path)
-        lost = [WriterResult(name, "lost", "the agent was restarted") for name in await see_undone(self._markers)]
+        names = [*await see_undone(self._markers), *(mark.name for mark in left_in(services_of(self._markers)))]
+        lost = [WriterResult(name, "lost", "the agent was restarted") for name in names]
         filesystems = [FilesystemResult(one.mountpoint, "", "", "thawed") for one in found if one.thawed]
         ended = QuiesceEnded(False, 0.0, 0.0, "agent-restarted", filesystems, lost)
         unreported = left.id.startswith(_QGA_PREFIX)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ballast.guest.bus import Bus, BusError, Variant, printable
+from ballast.guest.quiesce.markers import left_in
 from ballast.guest.quiesce.writer import (
     Description,
     Verb,
@@ -126,7 +127,7 @@ class WriterService:
 def take_prepared(markers: Path) -> list[Prepared]:
     """Those that were prepared and not told that it is over. From now on nobody knows of them but the caller."""
     found = []
-    for marker in sorted(markers.glob("*")):
+    for marker in left_in(markers):
         with contextlib.suppress(OSError, ValueError, TypeError):  # half written: nothing was sent
             found.append(Prepared(**json.loads(marker.read_text())))
         _forget(marker)

@@ -16,7 +16,7 @@ from typing import Any
 VERSION = 1
 SOCKET_PATH = "/run/ballast/guard.sock"
 MAX_FILESYSTEMS = 250  # SCM_MAX_FD is 253
-_MAX_BYTES = 1 << 18
+_MAX_BYTES = 1 << 16  # five times what the longest message has; more than 128 KiB would be an mmap for each
 
 
 def boottime_s() -> float:

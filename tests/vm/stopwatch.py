@@ -31,10 +31,11 @@ SOCKETS = {BALLAST: "/run/ballast/agent.sock", QGA: "/run/bench-qga.sock"}
 START_QGA = ["qemu-ga", "--method=unix-listen", f"--path={SOCKETS[QGA]}", "--statedir=/run"]
 TIMEOUT_S = 60
 RESCUE_S = 45
-PERIOD_S = 0.002
-STAMPS = 1 << 16  # what is remembered of each probe's writes: two minutes and more
+PERIOD_S = 0.004
+STAMPS = 1 << 16  # what is remembered of each probe's writes: four minutes and more
 FILE, LOAD_FILE = ".bench-probe", ".bench-load"
-BLOCK_BYTES, LOAD_BLOCKS, PAUSE_S = 16 << 10, 4096, 0.002  # a file of 64 MiB, at most 8 MiB/s
+# A file of 64 MiB, at most 8 MiB/s. Smaller blocks take so much of an emulated CPU that this would be all we measure.
+BLOCK_BYTES, LOAD_BLOCKS, PAUSE_S = 64 << 10, 1024, 0.008
 _DIRTY = re.compile(r"^(?:Dirty|Writeback): +(\d+) kB$", re.MULTILINE)
 _PR_SET_PDEATHSIG = 1
 

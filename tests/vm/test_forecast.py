@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ballast.host.agent import Agent
-from ballast.wire.names import Skipped
+from ballast.wire.names import Risk, Skipped
 from tests.lab.guest import Guest
 
 SCANNER = Path(__file__).parents[1] / "kernel/scanner.py"
@@ -50,9 +50,22 @@ kill $(cat /run/scanner.pid)
 while [ -e /proc/$(cat /run/scanner.pid) ]; do sleep 0.1; done
 rm -f /mnt/data0/swap /run/scanner.*
 """
-# A file in a file system in a file, by dm once; beside it what cannot be frozen, and an automount point.
+# A file system whose server never answers: whoever opens it waits until that is killed.
+DEAD = """
+import ctypes, os, signal
+fd = os.open("/dev/fuse", os.O_RDWR)
+options = f"fd={fd},rootmode=40000,user_id=0,group_id=0".encode()
+if ctypes.CDLL(None).mount(b"dead", b"/mnt/dead", b"fuse", 0, options):
+    raise SystemExit("cannot mount")
+print("mounted", flush=True)
+signal.pause()
+"""
+# A file in a file system in a file, once over multipath with a single path; what cannot be frozen; an automount point.
 STACK = """
-mkdir -p /mnt/{outer,mapped,over,ram,auto}
+mkdir -p /mnt/{outer,mapped,over,ram,auto,dead}
+modprobe fuse
+setsid python3 /run/dead.py </dev/null >/run/dead.out 2>&1 &
+echo $! >/run/dead.pid
 truncate -s 96M /mnt/data0/outer.img
 mkfs.ext4 -q /mnt/data0/outer.img
 mount -o loop /mnt/data0/outer.img /mnt/outer
@@ -61,12 +74,18 @@ mount -t overlay overlay -o lowerdir=/mnt/data0,upperdir=/mnt/outer/upper,workdi
 truncate -s 64M /mnt/over/inner.img
 mkfs.ext4 -q /mnt/over/inner.img
 device=$(losetup --find --show /mnt/over/inner.img)
-dmsetup create lab-mapped --table "0 $(blockdev --getsz $device) linear $device 0"
+modprobe --all dm_multipath dm_round_robin
+dmsetup create lab-mapped --uuid mpath-lab \
+    --table "0 $(blockdev --getsz $device) multipath 1 queue_if_no_path 0 1 1 round-robin 0 1 1 $device 1"
 mount /dev/mapper/lab-mapped /mnt/mapped
 mount -t tmpfs tmpfs /mnt/ram
 systemd-mount --automount=yes --quiet tmpfs /mnt/auto -t tmpfs
+until grep -q mounted /run/dead.out; do sleep 0.1; done
 """
 UNSTACK = """
+kill $(cat /run/dead.pid)
+while [ -e /proc/$(cat /run/dead.pid) ]; do sleep 0.1; done
+umount /mnt/dead
 systemctl stop mnt-auto.automount
 umount /mnt/ram /mnt/mapped
 device=/dev/$(ls /sys/class/block/dm-0/slaves)
@@ -74,8 +93,8 @@ dmsetup remove lab-mapped
 losetup --detach $device
 umount /mnt/over
 umount /mnt/outer
-rm -f /mnt/data0/outer.img
-rmdir /mnt/{outer,mapped,over,ram,auto}
+rm -f /mnt/data0/outer.img /run/dead.*
+rmdir /mnt/{outer,mapped,over,ram,auto,dead}
 """
 
 
@@ -105,6 +124,7 @@ def scanner(guest: Guest) -> Iterator[int]:
 @pytest.fixture
 def stacked(guest: Guest) -> Iterator[None]:
     """File systems in files of others."""
+    guest.put("/run/dead.py", DEAD.encode())
     guest.run(STACK, timeout_s=60)
     yield
     guest.run(UNSTACK, timeout_s=60)
@@ -138,6 +158,7 @@ async def test_a_risk_has_its_culprit_s_name(hidden: int, vsock: str, token: str
 async def test_what_only_others_know_has_its_culprit_s_name_too(
     guest: Guest, scanner: int, vsock: str, token: str, measured: Callable[[str], None]
 ) -> None:
+    started = guest.run("date +%s").stdout.strip()
     async with Agent.connect(vsock, token) as agent:
         told = {risk.kind: risk.detail for risk in (await agent.quiesce_forecast(lease_ms=599_000)).risks}
         brief = {risk.kind for risk in (await agent.quiesce_forecast(lease_ms=1_000)).risks}
@@ -155,23 +176,34 @@ async def test_what_only_others_know_has_its_culprit_s_name_too(
     assert brief == {"fanotify", "swap-file"}
     assert elsewhere == {"fanotify"} == {risk.kind for risk in begun.risks}
     assert f"freeze scanned: fanotify: {told['fanotify']}" in journal
+    looked = f"journalctl --since=@{started} --quiet --output=cat --grep=ballast-look"
+    assert guest.run(looked, check=False).stdout == "", "a look that went well is no line in the journal"
 
 
 @pytest.mark.usefixtures("stacked")
 async def test_children_are_frozen_before_what_holds_them(guest: Guest, vsock: str, token: str) -> None:
-    """The other way round the child's last writes would wait for its parent: the freeze would not come to an end."""
+    """The other way round the child's last writes would wait for its parent: the freeze would not come to an end.
+
+    Nor would it if anybody opened the file system whose server is dead.
+    """
     async with Agent.connect(vsock, token) as agent:
         told = await agent.quiesce_forecast()
+        guest.run("dmsetup message lab-mapped 0 fail_if_no_path")
+        later = await agent.quiesce_forecast()
         guest.run("for place in /mnt/mapped /mnt/outer /mnt/data0; do echo data >$place/dirty; done")
         begun = await agent.quiesce_begin("stacked", 30_000)
         ended = await agent.quiesce_end("stacked")
     guest.run("rm /mnt/{mapped,outer,data0}/dirty")
+    queues = "lab-mapped queues for ever when its last path fails (queue_if_no_path), and with it /mnt/mapped"
+    assert told.risks == [Risk("multipath", queues)]
+    assert later.risks == []
     assert told.order[:2] == [["/mnt/mapped"], ["/mnt/outer"]]
     assert "/mnt/data0" in told.order[2]
     assert {
         Skipped("/mnt/over", "overlay cannot be frozen; what is written to it is on /mnt/outer"),
         Skipped("/mnt/ram", "tmpfs cannot be frozen"),
         Skipped("/mnt/auto", "autofs cannot be frozen"),
+        Skipped("/mnt/dead", "fuse cannot be frozen"),
     } <= set(told.skip)
     assert {one.state for one in begun.filesystems} == {"frozen", "skipped"}
     assert ended.held

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -216,6 +217,8 @@ def main(arguments: list[str] | None = None) -> int:
     sys.dont_write_bytecode = True  # the root file system can be frozen at any time
     handler = JournalHandler()
     logging.basicConfig(level=config.agent.log_level.upper(), handlers=[handler], format="%(message)s")
+    # What is loaded stays: the garbage collector need not look through it again, for 10 ms, while writers wait.
+    gc.freeze()
     try:
         asyncio.run(_run(config, options.config))
     except ConfigError as error:

@@ -9,6 +9,7 @@ closes, whatever the reason. Memory is locked, threads are started before the fi
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import os
 import selectors
@@ -196,6 +197,7 @@ def main() -> int:
     rcu.restore()  # should an earlier guard have been killed in the middle of a freeze
     with contextlib.suppress(OSError):  # without CAP_IPC_LOCK it works all the same, a little later
         mman.lock_all_memory()
+    gc.freeze()  # the garbage collector need not look through what stays
     guard = Guard(socket.socket(fileno=fds[0]))
     signal.signal(signal.SIGTERM, lambda _number, _frame: guard.stop())
     signal.signal(signal.SIGINT, signal.SIG_IGN)

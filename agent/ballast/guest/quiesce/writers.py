@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 _TRIES = 3
 _RETRY_S = 0.2
+_START_S = 15.0  # one that hangs when asked who it is takes no time of the others
 _POST_S = 5.0
 _FIND_S = 5.0
 
@@ -177,7 +178,9 @@ class Writers:
         config = dict(self._configs.get(member.writer.name, {}))
 
         async def start() -> None:
-            member.description = await member.writer.start(self._session_id, config, timeout_s=self._left_s())
+            member.description = await member.writer.start(
+                self._session_id, config, timeout_s=min(_START_S, self._left_s())
+            )
             member.reason = member.description.absent
             member.state = "absent" if member.reason is not None else "frozen"
 

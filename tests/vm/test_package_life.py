@@ -21,6 +21,7 @@ from tests.vm.unit import AGENT, show
 
 GUARD, HOLDER = "ballast-guard.service", "ballast-balloon.service"
 CONFIGURATION, ADMINS_FILE = "/etc/ballast/agent.toml", "/etc/ballast/agent.d/admin.toml"
+ADMINS_WRITER = "/etc/ballast/writers.d/app"
 CHUNK_BYTES = 64 << 20
 LONG_LEASE_MS = 300_000
 MOUNTPOINTS = ["/", "/mnt/data0", "/mnt/data1", "/mnt/data2"]
@@ -106,7 +107,7 @@ def test_an_upgrade_sleeps_while_the_root_is_frozen_and_then_goes_on(machine: Gu
     assert (ended["held"], ended["reason"]) == (False, "lease-expired")
     assert ask(machine, "ballast-agent-status")["version"] == installed(machine) == version_of(NEXT)
     assert "the administrator was here" in machine.get(CONFIGURATION).decode()
-    assert machine.run("ls -A /etc/ballast").stdout.split() == ["agent.d", "agent.toml"]
+    assert machine.run("ls -A /etc/ballast").stdout.split() == ["agent.d", "agent.toml", "writers.d"]
 
 
 def test_a_downgrade_gives_the_balloon_back_and_the_host_is_told(machine: Guest) -> None:
@@ -146,6 +147,7 @@ def test_an_upgrade_keeps_the_balloon_and_ends_a_freeze_of_a_data_disk_and_says_
 def test_after_removal_and_purge_nothing_is_left(machine: Guest) -> None:
     bring(machine, NEXT)
     machine.put(ADMINS_FILE, b'[agent]\nlog-level = "info"\n')
+    machine.put(ADMINS_WRITER, b"#!/bin/sh\n", 0o755)
     machine.run("udevadm trigger --settle --action=add --subsystem-match=virtio-ports")
     with frozen(machine, ["/mnt/data0"]):
         machine.run(
@@ -159,6 +161,7 @@ def test_after_removal_and_purge_nothing_is_left(machine: Guest) -> None:
             wait_for_event(raw, "BALLAST_BALLOON", **{"total-bytes": 0, "chunk": waiting["chunk"]})
     assert machine.run("systemctl list-units --no-legend 'ballast*'").stdout == ""
     assert machine.get(ADMINS_FILE)
+    assert machine.get(ADMINS_WRITER)
     dpkg(machine, "--purge", "ballast-agent", "ballast-common")
     assert traces(machine) == ""
 

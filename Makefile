@@ -38,8 +38,9 @@ test-vm: $(VENV) $(DEBS) $(NEXT) ## in guests under QEMU, with the packages inst
 demo: $(VENV) $(DEBS) ## a guest, live: pressure, memory added and given back, a consistent snapshot
 	.venv/bin/python -m tests.lab.demo
 
-faults: $(VENV) $(DEBS) ## everything that may die while a guest is frozen, twenty times each
-	.venv/bin/python -m tests.vm.faults
+# May be interrupted: it goes on where it was, as long as the commit is the same. SEED and COUNT may be given.
+faults: $(VENV) $(DEBS) $(NEXT) ## a thousand things that go wrong while a guest is frozen; results in faults.jsonl
+	.venv/bin/python -m tests.vm.faults --results faults.jsonl --seed $(or $(SEED),1) --count $(or $(COUNT),1000)
 
 balloon-faults: $(VENV) $(DEBS) ## everything that may come between a chunk's answer and its hole, 200 times each
 	.venv/bin/python -m tests.vm.balloon_faults

@@ -1,19 +1,21 @@
 """Runs inside the guest: sees with its own writes when file systems are frozen, does harm, and sees when they thaw.
 
-    witness.py HARM MOUNTPOINT...
+    witness.py '{"harms": [...], "afterwards": [...], "mountpoints": [...], "parked": false}'
 
 Everything it needs is loaded and opened before the freeze, and it lives on a tmpfs, so that nothing of it waits for a
-frozen disk but the writes that are meant to. Prints one JSON object: {"thawed_s": {mountpoint: seconds from the harm
-to the first write that went through}, ...}. A rescuer in a process of its own thaws all after RESCUE_S, so that a
-failure ends as one.
+frozen disk but the writes that are meant to. Its last line is a JSON object: {"thawed_s": {mountpoint: seconds from
+the harm to the first write that went through}, ...}. A rescuer in a process of its own thaws all after RESCUE_S, so
+that a failure ends as one.
 
-Harms: none, kill-agent, kill-guard, stop-guard; park, park+kill-guard and park+kill-agent hold a writer of the last
-mount point in the middle of its write (userfaultfd) while the lease runs out, and let it go when the others are thawed.
-Without a parked writer the harm waits until GO exists: writers stand still long before the last FIFREEZE has returned.
+Harms are the methods of Harm, each with what it is done to; ``afterwards`` are done when all writes again.
+``parked`` holds a writer of the last mount point in the middle of its write (userfaultfd) while the lease runs out, and
+lets it go when the others are thawed. Without it the harm waits until GO exists: writers stand still long before the
+last FIFREEZE has returned.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import json
@@ -28,9 +30,17 @@ import time
 from pathlib import Path
 
 GO = Path("/run/lab-witness.go")
-RESCUE_S = 40
+RESCUE_S = 80  # longer than any lease here
 BLOCKED_S = 0.3  # a writer that has not come through for this long is held up
 PERIOD_S = 0.005
+CGROUPS = Path("/sys/fs/cgroup/ballast.slice")
+OOM_LIMIT = "4M"  # less than any process of Python's
+UPGRADE = """
+case $(dpkg-query --show --showformat '${Version}' ballast-agent) in *next) folder=dist ;; *) folder=next ;; esac
+exec dpkg --install /run/install/$folder/*.deb </dev/null >/run/lab-dpkg.log 2>&1
+"""
+_FITHAW = 0xC0045878  # include/uapi/linux/fs.h
+_MNT_DETACH = 2  # include/uapi/linux/mount.h
 
 # include/uapi/linux/userfaultfd.h
 _SYS_USERFAULTFD = 323
@@ -52,13 +62,13 @@ class Writer(threading.Thread):
         """Whether it sleeps uninterruptibly and has not come through for a while: a busy machine does not do that."""
         if time.monotonic() - self.last_s < BLOCKED_S:
             return False
-        stat = Path(f"/proc/self/task/{self.native_id}/stat").read_text()
-        return stat.rpartition(")")[2].split()[0] == "D"
+        return is_asleep_in_the_kernel(self.native_id or 0)
 
     def run(self) -> None:
         """Write until the process ends."""
         while True:
-            os.pwrite(self._fd, b"x", 0)
+            with contextlib.suppress(OSError):  # its disk was taken out: that is no waiting
+                os.pwrite(self._fd, b"x", 0)
             self.last_s = time.monotonic()
             time.sleep(PERIOD_S)
 
@@ -110,14 +120,76 @@ def wait_for(condition: object, what: str, timeout_s: float = 30) -> None:
 
 def main_pid(unit: str) -> int:
     """The main process of a unit, from its cgroup: PID 1 is not asked for anything while its disk is frozen."""
-    return int(Path(f"/sys/fs/cgroup/ballast.slice/{unit}/cgroup.procs").read_text().split()[0])
+    return int((CGROUPS / f"ballast-{unit}.service/cgroup.procs").read_text().split()[0])
 
 
-def harm(name: str) -> None:
-    """Kill or stop what the name says."""
-    unit = "ballast-agent.service" if name.endswith("agent") else "ballast-guard.service"
-    if name != "none":
-        os.kill(main_pid(unit), signal.SIGSTOP if name.startswith("stop") else signal.SIGKILL)
+def is_asleep_in_the_kernel(pid: int) -> bool:
+    """Whether it sleeps uninterruptibly."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "D"
+
+
+class Harm:
+    """What can be done to the guest; ``do("VERB OBJECT")``."""
+
+    def do(self, harm: str) -> None:
+        """One harm."""
+        verb, _, object_ = harm.partition(" ")
+        getattr(self, verb.replace("-", "_"))(object_)
+
+    def kill(self, unit: str) -> None:
+        os.kill(main_pid(unit), signal.SIGKILL)
+
+    def stop(self, unit: str) -> None:
+        os.kill(main_pid(unit), signal.SIGSTOP)
+
+    def resume(self, unit: str) -> None:
+        os.kill(main_pid(unit), signal.SIGCONT)
+
+    def oom(self, unit: str) -> None:
+        """Have the kernel's OOM killer take it, even the guard, which is out of its reach otherwise."""
+        limit = CGROUPS / f"ballast-{unit}.service/memory.max"
+        process = Path(f"/proc/{main_pid(unit)}")
+        (process / "oom_score_adj").write_text("0")
+        with contextlib.suppress(OSError):
+            limit.write_text(OOM_LIMIT)
+        with contextlib.suppress(OSError):  # it is gone already
+            wait_for(lambda: "\nState:\tZ" in (process / "status").read_text(), "the OOM killer came", 10)
+        with contextlib.suppress(OSError):
+            limit.write_text("max")
+
+    def thaw(self, mountpoint: str) -> None:
+        fd = os.open(mountpoint, os.O_RDONLY)
+        fcntl.ioctl(fd, _FITHAW, 0)
+        os.close(fd)
+
+    def umount(self, mountpoint: str) -> None:
+        """It is detached; what holds it open keeps the superblock. Without MNT_DETACH umount(2) says EBUSY."""
+        if ctypes.CDLL(None, use_errno=True).umount2(mountpoint.encode(), _MNT_DETACH):
+            raise OSError(ctypes.get_errno(), "umount2", mountpoint)
+
+    def unplug(self, mountpoint: str) -> None:
+        """The driver lets go of the disk, as when it is taken out; that may wait for the thaw."""
+        mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
+        name = next(Path(source).name for source, point, *_ in mounts if point == mountpoint)
+        remove = Path(f"/sys/class/block/{name}/device").resolve().parent / "remove"
+        threading.Thread(target=remove.write_text, args=("1",), daemon=True).start()
+        wait_for(lambda: not Path(f"/sys/class/block/{name}").exists(), "the disk is gone", 10)
+
+    def dirty(self, mountpoint: str) -> None:
+        """Write, and have it written out by whoever has to, until its disk is thawed."""
+        script = f"dd if=/dev/zero of={mountpoint}/dirty bs=64k count=64 conv=fsync; rm {mountpoint}/dirty"
+        subprocess.Popen(["sh", "-c", script], start_new_session=True, stderr=subprocess.DEVNULL)
+
+    def clock(self, seconds: str) -> None:
+        time.clock_settime(time.CLOCK_REALTIME, time.time() + float(seconds))
+
+    def await_pid1(self, _: str) -> None:
+        """PID 1 waits for the frozen disk."""
+        wait_for(lambda: is_asleep_in_the_kernel(1), "PID 1 waits for its disk", 10)
+
+    def upgrade(self, _: str) -> None:
+        """The other version of the packages comes."""
+        subprocess.Popen(["sh", "-c", UPGRADE], start_new_session=True)
 
 
 def arm_rescuer(mountpoints: list[str]) -> subprocess.Popen[bytes]:
@@ -140,9 +212,10 @@ def first_writes(writers: list[Writer], since_s: float) -> dict[str, float]:
     return seen
 
 
-def watch(name: str, mountpoints: list[str]) -> dict[str, object]:
+def watch(order: dict[str, list[str]]) -> dict[str, object]:
     """One freeze that somebody else begins, harmed; when it thawed."""
-    parked = ParkedWriter(mountpoints[-1]) if name.startswith("park") else None
+    mountpoints = order["mountpoints"]
+    parked = ParkedWriter(mountpoints[-1]) if order["parked"] else None
     after_parked = Writer(mountpoints[-1])  # opened now: while the freeze waits, even that would
     if parked:
         parked.park()
@@ -150,30 +223,38 @@ def watch(name: str, mountpoints: list[str]) -> dict[str, object]:
     writers = [Writer(point) for point in mountpoints]
     for writer in writers:
         writer.start()
-    sys.stdout.write("ready\n")
-    sys.stdout.flush()
+    say("ready")
     wait_for(lambda: all(writer.is_held_up for writer in writers), "all is frozen")
-    sys.stdout.write("frozen\n")
-    sys.stdout.flush()
+    say("frozen")
     if not parked:
         wait_for(GO.exists, "the freeze was answered")
     harmed_s = time.monotonic()
-    harm(name.removeprefix("park").removeprefix("+") or "none")
+    for one in order["harms"]:
+        Harm().do(one)
+    say("harmed")
     report: dict[str, object] = {"thawed_s": first_writes(writers, harmed_s)}
     if parked:
         let_go_s = time.monotonic()
         parked.let_go()
         after_parked.start()
         report["parked_thawed_s"] = first_writes([*writers, after_parked], let_go_s)
+    for one in order["afterwards"]:
+        Harm().do(one)
     return report
+
+
+def say(word: str) -> None:
+    """For the host to wait for."""
+    sys.stdout.write(word + "\n")
+    sys.stdout.flush()
 
 
 def main() -> None:
     """Print what was seen."""
-    name, *mountpoints = sys.argv[1:]
-    rescuer = arm_rescuer(mountpoints)
+    order = json.loads(sys.argv[1])
+    rescuer = arm_rescuer(order["mountpoints"])
     try:
-        sys.stdout.write(json.dumps(watch(name, mountpoints)) + "\n")
+        say(json.dumps(watch(order)))
     finally:
         os.killpg(rescuer.pid, signal.SIGKILL)
 

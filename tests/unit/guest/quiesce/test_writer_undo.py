@@ -15,8 +15,8 @@ def test_one_that_is_undone_ends_without_a_word_in_the_journal(tmp_path: Path) -
     with writers:
         ended = subprocess.run(
             [str(UNDO), str(tmp_path / "no-marker"), "/bin/false"],
-            stdin=writers,
-            stdout=writers,
+            stdin=writers.fileno(),
+            stdout=writers.fileno(),
             stderr=subprocess.PIPE,
             check=False,
             restore_signals=False,  # systemd ignores SIGPIPE for services, as Python does

@@ -13,7 +13,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from tests.lab import qemu
@@ -57,7 +56,7 @@ class Guest:
 
     `disks` are (file system, bytes) each; wait_boot() mounts them as /mnt/data0, /mnt/data1 and so on.
     `token` arrives in the guest as the system credential ballast.token.
-    `append` is for the kernel's command line, `machine` are further options of QEMU's machine type q35.
+    `append` is for the kernel's command line, `machine` for QEMU's machine type q35, `arguments` for QEMU itself.
     All methods but close() may be called from several threads at once.
 
     Sockets on the host, for the programs under test:
@@ -76,6 +75,7 @@ class Guest:
         vsock: bool = True,
         append: str = "",
         machine: str = "",
+        arguments: Sequence[str] = (),
     ) -> None:
         self.image = image
         self.dir = qemu.make_folder()
@@ -91,6 +91,7 @@ class Guest:
         self._vsock = vsock
         self._append = append
         self._machine = machine
+        self._arguments = arguments
         self._processes: list[subprocess.Popen[bytes]] = []
         self._channels: list[Channel] = []
         self._buried = 0
@@ -104,9 +105,7 @@ class Guest:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -143,6 +142,7 @@ class Guest:
                 qmp=qemus_qmp,
                 shell=qemus_shell,
             )
+            argv += self._arguments
             inherited = (qemus_qmp.fileno(), qemus_shell.fileno())
             self._processes.append(qemu.start(argv, self.dir / "qemu.log", inherited))
         try:

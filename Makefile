@@ -8,7 +8,7 @@ DEBS   := dist/.complete
 # The same as another version, for trying upgrades and downgrades.
 NEXT   := dist/next/.complete
 
-.PHONY: help deps venv lint packages test test-unit test-kernel test-vm demo faults balloon-faults balloon-trials dimms bench clean
+.PHONY: help deps venv lint packages test test-unit test-kernel test-vm demo faults crash balloon-faults balloon-trials dimms bench clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -41,6 +41,10 @@ demo: $(VENV) $(DEBS) ## a guest, live: pressure, memory added and given back, a
 # May be interrupted: it goes on where it was, as long as the commit is the same. SEED and COUNT may be given.
 faults: $(VENV) $(DEBS) $(NEXT) ## a thousand things that go wrong while a guest is frozen; results in faults.jsonl
 	.venv/bin/python -m tests.vm.faults --results faults.jsonl --seed $(or $(SEED),1) --count $(or $(COUNT),1000)
+
+# May be interrupted as well.
+crash: $(VENV) $(DEBS) ## a hundred snapshots of databases at work, looked at in fresh guests; results in crash.jsonl
+	.venv/bin/python -m tests.vm.crash --results crash.jsonl --seed $(or $(SEED),1) --count $(or $(COUNT),100)
 
 balloon-faults: $(VENV) $(DEBS) ## everything that may come between a chunk's answer and its hole, 200 times each
 	.venv/bin/python -m tests.vm.balloon_faults

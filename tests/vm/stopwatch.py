@@ -3,9 +3,8 @@
     stopwatch.py LOAD PAIRS SETTLE_S MOUNTPOINT...
 
 Both agents are told the same, by the same program over a UNIX socket: to freeze these mount points, and to thaw as
-soon as they have answered. On each file system a process overwrites one page of a file every few milliseconds; the gap
-is the longest time between two of its writes that the two calls have any part in. Prints one JSON object a line for
-each freeze. Loads: idle; buffered and direct, where another process on each file system overwrites a large file.
+soon as they have answered. On each file system a process writes a page every few milliseconds; the gap is the longest
+time between two of its writes that the two calls have any part in. Prints one JSON object a line for each freeze. Loads: idle; buffered and direct, where another process on each file system overwrites a large file.
 
 The first pair is a rehearsal and not told of. Every other pair has its two agents in the other order.
 """
@@ -33,6 +32,7 @@ TIMEOUT_S = 60
 RESCUE_S = 45
 PERIOD_S = 0.004
 STAMPS = 1 << 16  # what is remembered of each probe's writes: four minutes and more
+LOG_PAGES = 4096  # more than are written from one freeze to the next
 FILE, LOAD_FILE = ".bench-probe", ".bench-load"
 # A file of 64 MiB, at most 8 MiB/s. Smaller blocks take so much of an emulated CPU that this would be all we measure.
 BLOCK_BYTES, LOAD_BLOCKS, PAUSE_S = 64 << 10, 1024, 0.008
@@ -63,10 +63,14 @@ class Writer:
 
 
 class Probe(Writer):
-    """Overwrites a page again and again, and leaves the time of each write in memory that it shares with us."""
+    """Writes page after page of a file, as a log is written, or the same again and again where all is to be idle.
 
-    def __init__(self, mountpoint: str) -> None:
+    Leaves the time of each write in memory that it shares with us.
+    """
+
+    def __init__(self, mountpoint: str, pages: int) -> None:
         self.mountpoint = mountpoint
+        self._pages = pages
         memory = memoryview(mmap.mmap(-1, 8 * (STAMPS + 1)))
         # Views, since struct.pack_into() writes zeros before it writes the value, and the other side may see them.
         self._count, self._times = memory[:8].cast("q"), memory[8:].cast("d")
@@ -98,7 +102,7 @@ class Probe(Writer):
     def _write_for_ever(self, fd: int) -> None:
         page, number = bytes(mmap.PAGESIZE), 0
         while True:
-            os.pwrite(fd, page, 0)
+            os.pwrite(fd, page, number % self._pages * mmap.PAGESIZE)
             self._times[number % STAMPS] = time.monotonic()
             number += 1
             self._count[0] = number
@@ -203,7 +207,7 @@ def main() -> None:
     """Leaves nothing behind."""
     load, pairs, settle_s, *mountpoints = sys.argv[1:]
     qga = start_qga()
-    probes = [Probe(point) for point in mountpoints]
+    probes = [Probe(point, 1 if load == "idle" else LOG_PAGES) for point in mountpoints]
     loads = [Load(load, point) for point in mountpoints if load != "idle"]
     try:
         time_pairs(load, int(pairs), float(settle_s), mountpoints, probes)

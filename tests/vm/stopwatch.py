@@ -4,7 +4,8 @@
 
 Both agents are told the same, by the same program over a UNIX socket: to freeze these mount points, and to thaw as
 soon as they have answered. On each file system a process writes a page every few milliseconds; the gap is the longest
-time between two of its writes that the two calls have any part in. Prints one JSON object a line for each freeze. Loads: idle; buffered and direct, where another process on each file system overwrites a large file.
+time between two of its writes that the two calls have any part in. Prints one JSON object a line for each freeze.
+Loads: idle; buffered and direct, where another process on each file system overwrites a large file.
 
 The first pair is a rehearsal and not told of. Every other pair has its two agents in the other order.
 """
@@ -32,7 +33,7 @@ TIMEOUT_S = 60
 RESCUE_S = 45
 PERIOD_S = 0.004
 STAMPS = 1 << 16  # what is remembered of each probe's writes: four minutes and more
-LOG_PAGES = 4096  # more than are written from one freeze to the next
+LOG_PAGES = 8192  # more than are written from one freeze to the next
 FILE, LOAD_FILE = ".bench-probe", ".bench-load"
 # A file of 64 MiB, at most 8 MiB/s. Smaller blocks take so much of an emulated CPU that this would be all we measure.
 BLOCK_BYTES, LOAD_BLOCKS, PAUSE_S = 64 << 10, 1024, 0.008

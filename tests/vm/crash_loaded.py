@@ -26,11 +26,14 @@ PORT = "lab.acks.0"
 UNIT = "lab-crash-load"
 LEASE_MS = 60_000
 PROGRESS_TIMEOUT_S = 120
+# Killed, since a clean end takes long and is of no use to anybody.
 STOP = f"""
 systemctl stop {UNIT} 2>/dev/null || true
+systemctl kill --signal=KILL postgresql@17-main mariadb 2>/dev/null || true
 systemctl stop postgresql@17-main mariadb
+systemctl reset-failed postgresql@17-main mariadb 2>/dev/null || true
 for folder in postgresql mysql; do
-    if mountpoint -q /var/lib/$folder; then umount /var/lib/$folder; fi
+    while mountpoint -q /var/lib/$folder; do umount /var/lib/$folder || sleep 0.1; done
 done
 rm -rf /mnt/data*/postgresql /mnt/data*/mariadb /mnt/data*/.lab-crash
 """
@@ -80,7 +83,7 @@ class Acknowledgements(threading.Thread):
 
     def run(self) -> None:
         """Listen until the guest's end is closed."""
-        with self._socket.makefile("r", encoding="ascii") as lines:
+        with self._socket, self._socket.makefile("r", encoding="ascii") as lines:
             for line in lines:
                 name, _, number = line.partition(" ")
                 with self._heard:

@@ -22,19 +22,19 @@ def switch(tmp_path: Path) -> Path:
 
 
 def test_it_is_on_until_it_is_restored(switch: Path, mark: Path) -> None:
-    rcu.restore(switch, mark)
+    rcu.restore(mark)
     assert switch.read_text() == "0\n"
     rcu.expedite(switch, mark)
     assert switch.read_text() == "1"
     rcu.expedite(switch, mark)
-    rcu.restore(switch, mark)
+    rcu.restore(mark)
     assert (switch.read_text(), mark.exists()) == ("0", False)
 
 
 def test_what_an_administrator_has_turned_on_stays_on(switch: Path, mark: Path) -> None:
     switch.write_text("1\n")
     rcu.expedite(switch, mark)
-    rcu.restore(switch, mark)
+    rcu.restore(mark)
     assert switch.read_text() == "1\n"
 
 
@@ -42,5 +42,5 @@ def test_without_a_place_for_the_mark_or_a_switch_nothing_is_turned(switch: Path
     rcu.expedite(switch, tmp_path / "absent/mark")
     assert switch.read_text() == "0\n"
     rcu.expedite(tmp_path / "absent", mark)
-    rcu.restore(tmp_path / "absent", mark)
+    rcu.restore(mark)
     assert not mark.exists()

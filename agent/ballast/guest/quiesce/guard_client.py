@@ -89,6 +89,10 @@ class GuardConnection:
         with contextlib.suppress(OSError):
             protocol.send(self._sock, message, fds)
 
+    def limit_dirty(self) -> None:
+        """Have whoever writes slowed down, until all is frozen or the session over; for some seconds at most."""
+        self.send({"op": "limit"})
+
     def keep(self, lifelines: list[tuple[int, int]]) -> None:
         """Entrust writers, in the order of freezing: if we die it undoes them, last first, once all is thawed."""
         if lifelines:

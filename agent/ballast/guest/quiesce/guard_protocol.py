@@ -1,6 +1,6 @@
 """What agent and guard say to each other: one JSON object a datagram, over a SOCK_SEQPACKET socket of root's.
 
-Agent: ``freeze`` (with the file systems' descriptors as SCM_RIGHTS), ``renew``, ``thaw``, ``keep`` (with two
+Agent: ``limit``, ``freeze`` (with the file systems' descriptors as SCM_RIGHTS), ``renew``, ``thaw``, ``keep`` (with two
 descriptors for each writer) and ``release``. Guard: ``hello``, ``busy``, ``settled`` for each file system as it freezes
 or fails, ``frozen`` when none is left to freeze, ``renewed``, ``thawed`` at the end. Leases are absolute, on
 CLOCK_BOOTTIME, which both processes read alike and which goes on through a suspend. Stdlib only: the guard imports it.

@@ -28,6 +28,9 @@ log = logging.getLogger(__name__)
 GUARD_START_S = 30.0  # enough for a stuck one to be killed and the next to start
 LOOK_S = 2.0  # how long whoever is asked for a risk may keep a freeze waiting
 LOOKED_S = 300.0  # how long what others told before is good enough not to wait at all
+SMALL_BYTES = 4 << 20  # so much is soon written, and each pass holds writers up for a moment as well
+# Where more is dirty writers are not slowed down before the first pass: they would stand still until all is written.
+SOON_BYTES = 128 << 20
 SYNC_HELD_S = 2.0  # how long an application is held for the little that it has just written
 
 
@@ -86,7 +89,7 @@ class Prelude:
             self._check_writers()
             # Not later: it asks PID 1, and nothing that is written meanwhile is left for the freeze to write.
             risks = await looking
-            return Ready(fds, await self._settle(fds), self._outlook.dirty_bytes(), guard, risks)
+            return Ready(fds, await self._settle(fds, guard), self._outlook.dirty_bytes(), guard, risks)
         except BaseException:
             for task in (connecting, opening, looking):
                 task.cancel()
@@ -118,20 +121,30 @@ class Prelude:
             resources.callback(os.close, fd)
         return fds
 
-    async def _settle(self, fds: list[int]) -> float:
+    async def _settle(self, fds: list[int], guard: GuardConnection) -> float:
         """Have applications hold and everything written out; seconds spent on the latter."""
-        timeout_s = self._settings.sync_timeout_ms / 1000
-        if not self._writers.are_present:
-            return await sync_filesystems(fds, timeout_s=timeout_s)
+        left_s = timeout_s = self._settings.sync_timeout_ms / 1000
         mountpoints = [filesystem.mountpoint for filesystem in self._plan.filesystems]
+        if self._is_dirty(SMALL_BYTES) and not self._is_dirty(SOON_BYTES):
+            guard.limit_dirty()
         sync_s, _ = await asyncio.gather(
-            sync_filesystems(fds, timeout_s=timeout_s),
+            sync_filesystems(fds, timeout_s=left_s),
             self._writers.prepare(mountpoints, round(1000 * self._order.lease_s)),
         )
+        left_s -= sync_s
         self._check_writers()
+        if self._is_dirty(SMALL_BYTES):
+            guard.limit_dirty()
+            left_s -= await sync_filesystems(fds, timeout_s=left_s)
         await self._writers.freeze()
         self._check_writers()
-        return sync_s + await sync_filesystems(fds, timeout_s=min(timeout_s, SYNC_HELD_S))
+        if self._is_dirty(SMALL_BYTES):
+            left_s -= await sync_filesystems(fds, timeout_s=min(left_s, SYNC_HELD_S))
+        return timeout_s - left_s
+
+    def _is_dirty(self, above_bytes: int) -> bool:
+        dirty_bytes = self._outlook.dirty_bytes()
+        return dirty_bytes is None or dirty_bytes > above_bytes
 
     def _check_writers(self) -> None:
         """WriterRefused or DeadlineExceeded if a critical one failed, unless the host takes what it can get."""

@@ -9,16 +9,10 @@ import time
 from collections.abc import Callable, Sequence
 
 from ballast.guest.linux import fsfreeze
-from ballast.guest.linux.tree import Tree
-from ballast.guest.linux.writeback import read_dirty_bytes
 from ballast.guest.quiesce.forecast import FileSystem
 from ballast.guest.quiesce.leftovers import open_filesystem
 from ballast.guest.threads import in_thread
 from ballast.wire.errors import AgentError, DeadlineExceeded, KernelFailure
-
-_KERNEL = Tree()
-SYNC_PASSES = 3
-SMALL_BYTES = 4 << 20  # so much is soon written, and each pass holds writers up for a moment as well
 
 
 async def open_filesystems(filesystems: Sequence[FileSystem], *, timeout_s: float) -> list[int]:
@@ -48,19 +42,16 @@ async def open_filesystems(filesystems: Sequence[FileSystem], *, timeout_s: floa
 
 
 async def sync_filesystems(fds: Sequence[int], *, timeout_s: float) -> float:
-    """Write out dirty data, all file systems at once, until little is left; three times at most.
+    """Write out what is dirty, all file systems at once; seconds that it took.
 
-    Returns the seconds that it took. Out of time is no error: the freeze itself will have to write the rest.
+    Out of time is no error: the freeze itself will have to write the rest.
     """
     started_s = time.monotonic()
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(timeout_s):
-            for _ in range(SYNC_PASSES):
-                for done in [in_thread(_syncer(fd), name="quiesce-sync") for fd in fds]:
-                    with contextlib.suppress(OSError):  # FIFREEZE will say it with more right
-                        await done
-                if read_dirty_bytes(_KERNEL) <= SMALL_BYTES:
-                    break
+            for done in [in_thread(_syncer(fd), name="quiesce-sync") for fd in fds]:
+                with contextlib.suppress(OSError):  # FIFREEZE will say it with more right
+                    await done
     return time.monotonic() - started_s
 
 

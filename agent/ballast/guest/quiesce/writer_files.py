@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ FOLDERS = (Path("/etc/ballast/writers.d"), Path("/usr/lib/ballast/writers"))  # 
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
 _NEEDS = re.compile(rb"^# ballast-needs: *(.+)$", re.MULTILINE)
+_PROCESS = "comm="
+_COMM_BYTES = 64  # kernel threads have long names
 _HEAD_BYTES = 1024
 _WORD_BYTES = 1 << 16
 
@@ -54,13 +58,29 @@ def what_is_missing(program: Path, config: Mapping[str, Any]) -> str | None:
     needs = match.group(1).decode(errors="surrogateescape").split()
     if config and f"[writer.{program.name}]" in needs:
         return None
-    return None if any(_is_there(need) for need in needs) else f"no {' or '.join(needs)}"
+    running = _running() if any(need.startswith(_PROCESS) for need in needs) else set()
+    return None if any(_is_there(need, running) for need in needs) else f"no {' or '.join(needs)}"
 
 
-def _is_there(need: str) -> bool:
-    """Whether there is a file for ``PATTERN``, or one without a word for ``PATTERN!WORD``. OSError."""
+def _is_there(need: str, running: Collection[str]) -> bool:
+    """Whether ``NAME`` runs for ``comm=NAME``, or there is a file for ``PATTERN``, or one without a word. OSError."""
+    if need.startswith(_PROCESS):
+        return need.removeprefix(_PROCESS) in running
     pattern, _, word = need.partition("!")
     return any(not word or not _contains(file, word) for file in Path("/").glob(pattern.lstrip("/")))
+
+
+def _running() -> set[str]:
+    """Names of all processes: proc_pid_comm(5). Bare system calls, since there are many, and a freeze waits for it."""
+    names = set()
+    for pid in filter(str.isdigit, os.listdir("/proc")):  # noqa: PTH208
+        with contextlib.suppress(OSError):  # it has ended
+            fd = os.open(f"/proc/{pid}/comm", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                names.add(os.read(fd, _COMM_BYTES).decode(errors="surrogateescape").rstrip("\n"))
+            finally:
+                os.close(fd)
+    return names
 
 
 def _contains(file: Path, word: str) -> bool:

@@ -8,6 +8,7 @@ others can tell is in ``culprits``.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -106,16 +107,20 @@ def _hidden_disk(freeze: Freeze) -> Iterator[str]:
     """File systems on disks that only another mount namespace has: no freeze of PID 1's mounts covers them."""
     tables = {freeze.tree.read("proc/1/mountinfo")}
     known = {*freeze.graph.filesystems}
-    for pid, name in _processes(freeze.tree):
+    for pid in _pids(freeze.tree):
         try:
             table = freeze.tree.read(f"proc/{pid}/mountinfo")
+            if table in tables:
+                continue
+            name = freeze.tree.read(f"proc/{pid}/comm")
         except OSError:  # it has ended, or has no mounts any more
             continue
-        if table in tables:
-            continue
         tables.add(table)
-        for mount in parse_mountinfo(table):
-            if mount.device not in known and not mount.device.startswith("0:"):
+        for line in filter(None, table.split("\n")):
+            device = "".join(line.split(" ", 3)[2:3])
+            if device in known or device.startswith("0:"):
+                continue  # most are: a service of its own namespace has the system's mounts all over again
+            for mount in parse_mountinfo(line):
                 known.add(mount.device)
                 yield f"{mount.source} ({mount.type}) is mounted for {name} ({pid}) alone, at {mount.mountpoint}"
 
@@ -125,10 +130,11 @@ def _logger(freeze: Freeze) -> Iterator[str]:
     long_enough = freeze.lease_s > _JOURNALD_WATCHDOG_S
     if long_enough and freeze.stops("/var/log/journal") and freeze.tree.exists("var/log/journal"):
         yield f"systemd kills a systemd-journald that waits for {_JOURNALD_WATCHDOG_S} s, and lines are lost"
-    if freeze.stops("/var/log/audit"):
-        for pid, name in _processes(freeze.tree):
-            if name == "auditd":
-                yield f"when the backlog of auditd ({pid}) is full, every audited process waits"
+    if freeze.stops("/var/log/audit") and freeze.tree.exists("var/log/audit"):
+        for pid in _pids(freeze.tree):
+            with contextlib.suppress(OSError):  # it has ended
+                if freeze.tree.read(f"proc/{pid}/comm") == "auditd":
+                    yield f"when the backlog of auditd ({pid}) is full, every audited process waits"
 
 
 def _swap_file(freeze: Freeze) -> Iterator[str]:
@@ -151,12 +157,8 @@ def _own_file(freeze: Freeze) -> Iterator[str]:
         yield f"Ballast's own {_OURS} is on {stops.mountpoint}, and not on a tmpfs"
 
 
-def _processes(tree: Tree) -> Iterator[tuple[str, str]]:
-    for pid in filter(_PROCESS.fullmatch, tree.names("proc")):
-        try:
-            yield pid, tree.read(f"proc/{pid}/comm")
-        except OSError:  # it has ended
-            continue
+def _pids(tree: Tree) -> Iterator[str]:
+    return filter(_PROCESS.fullmatch, tree.names("proc"))
 
 
 def _read_local(freeze: Freeze, path: str) -> str:

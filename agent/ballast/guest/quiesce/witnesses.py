@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import math
 import os
 import socket
 import time
@@ -27,7 +28,7 @@ Starter = Callable[..., Awaitable[None]]  # as start_unit
 # include/uapi/linux/capability.h
 _CAP_SYS_PTRACE, _CAP_SYS_ADMIN = 1 << 19, 1 << 21
 _ANSWER_LIMIT_BYTES = 1 << 20
-_LIFE_US = 10_000_000
+_LIFE_S = 10
 _LOG_WARNING = 4
 _KILL_S = 1.0
 
@@ -45,14 +46,29 @@ class Kept(Generic[T]):
 
     def __init__(self, ask: Callable[[], Awaitable[T]]) -> None:
         self._ask = ask
-        self._told: tuple[float, T] | None = None
+        self._asked_s = -math.inf
+        self._telling: asyncio.Future[T] | None = None
 
     async def get(self, max_age_s: float) -> T:
-        """Ask, unless it was told within ``max_age_s``. BusError, OSError, TimeoutError, ValueError."""
-        if self._told is None or time.monotonic() - self._told[0] > max_age_s:
-            asked_s = time.monotonic()
-            self._told = (asked_s, await self._ask())
-        return self._told[1]
+        """Ask, unless it was asked within ``max_age_s``. BusError, OSError, TimeoutError, ValueError.
+
+        Who gives up waiting leaves the question with whom it was put to: the answer is the next one's.
+        """
+        if self._telling is None or self._is_over(max_age_s):
+            self._asked_s = time.monotonic()
+            self._telling = asyncio.ensure_future(self._ask_in_time())
+            self._telling.add_done_callback(lambda told: told.cancelled() or told.exception())  # heard, at least
+        return await asyncio.shield(self._telling)
+
+    def _is_over(self, max_age_s: float) -> bool:
+        if self._telling is None or not self._telling.done():
+            return False
+        is_told = not self._telling.cancelled() and self._telling.exception() is None
+        return not is_told or time.monotonic() - self._asked_s > max_age_s
+
+    async def _ask_in_time(self) -> T:
+        async with asyncio.timeout(_LIFE_S):
+            return await self._ask()
 
 
 class Witnesses:
@@ -149,7 +165,7 @@ async def _ask_in_unit(command: Sequence[str], capability: int, limits: Mapping[
         "RestrictAddressFamilies": Variant("(bas)", [True, ["AF_UNIX"]]),
         "DevicePolicy": Variant("s", "closed"),
         "LimitCORE": Variant("t", 0),
-        "RuntimeMaxUSec": Variant("t", _LIFE_US),
+        "RuntimeMaxUSec": Variant("t", 1_000_000 * _LIFE_S),
     }
     ours, theirs = socket.socketpair()
     reader, writer = await asyncio.open_connection(sock=ours)

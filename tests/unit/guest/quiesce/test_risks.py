@@ -66,7 +66,7 @@ def test_no_recorded_guest_has_risks(recorded: Tree) -> None:
             "hidden-disk",
             "/dev/sdc1 (ext4) is mounted for containerd-shim (77) alone, at /mnt/vol",
         ),
-        ({"proc/9/comm": "auditd\n", "proc/9/mountinfo": ""}, 1, "logger", "auditd (9)"),
+        ({"proc/9/comm": "auditd\n", "proc/9/mountinfo": "", "var/log/audit/x": ""}, 1, "logger", "auditd (9)"),
         ({"var/log/journal/x/system.journal": ""}, 181, "logger", "systemd-journald that waits for 180 s"),
         (
             {"proc/swaps": SWAPS + "/srv/a\\040swap file 1024 0 -2\n"},

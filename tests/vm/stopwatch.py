@@ -5,7 +5,7 @@
 Both agents are told the same, by the same program over a UNIX socket: to freeze these mount points, and to thaw as
 soon as they have answered. On each file system a process writes a page every few milliseconds; the gap is the longest
 time between two of its writes that the two calls have any part in. Prints one JSON object a line for each freeze.
-Loads: idle; buffered and direct, where another process on each file system overwrites a large file.
+Loads: idle; buffered and direct, where another process on each file system overwrites a large file, as fast as it may.
 
 The first pair is a rehearsal and not told of. Every other pair has its two agents in the other order.
 """
@@ -13,10 +13,10 @@ The first pair is a rehearsal and not told of. Every other pair has its two agen
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 import mmap
 import os
-import random
 import re
 import signal
 import socket
@@ -35,8 +35,7 @@ PERIOD_S = 0.004
 STAMPS = 1 << 16  # what is remembered of each probe's writes: four minutes and more
 LOG_PAGES = 8192  # more than are written from one freeze to the next
 FILE, LOAD_FILE = ".bench-probe", ".bench-load"
-# A file of 64 MiB, at most 8 MiB/s. Smaller blocks take so much of an emulated CPU that this would be all we measure.
-BLOCK_BYTES, LOAD_BLOCKS, PAUSE_S = 64 << 10, 1024, 0.008
+BLOCK_BYTES, LOAD_BLOCKS = 1 << 20, 192
 _DIRTY = re.compile(r"^(?:Dirty|Writeback): +(\d+) kB$", re.MULTILINE)
 _PR_SET_PDEATHSIG = 1
 
@@ -135,17 +134,15 @@ class Peer:
 
 
 class Load(Writer):
-    """Overwrites blocks of a file, here and there as a database does, with a pause after each."""
+    """Overwrites a file from its beginning to its end, again and again: only the disk, or the kernel, slows it down."""
 
     def __init__(self, kind: str, mountpoint: str) -> None:
         super().__init__(Path(mountpoint, LOAD_FILE), os.O_DIRECT if kind == "direct" else 0)
 
     def _write_for_ever(self, fd: int) -> None:
         block = mmap.mmap(-1, BLOCK_BYTES)  # a page's boundary is what O_DIRECT wants
-        chance = random.Random(0)
-        while True:
-            os.pwrite(fd, block, chance.randrange(LOAD_BLOCKS) * BLOCK_BYTES)
-            time.sleep(PAUSE_S)
+        for number in itertools.cycle(range(LOAD_BLOCKS)):
+            os.pwrite(fd, block, number * BLOCK_BYTES)
 
 
 def arm_rescuer(mountpoints: list[str]) -> subprocess.Popen[bytes]:

@@ -21,8 +21,9 @@ from typing import Any
 
 from systemd.daemon import listen_fds
 
-from ballast.guest.linux import mman, notify, rcu, writeback
+from ballast.guest.linux import mman, notify, rcu
 from ballast.guest.linux.tree import Tree
+from ballast.guest.linux.writeback import DirtyLimit
 from ballast.guest.quiesce import guard_protocol as protocol
 from ballast.guest.quiesce.freezer import Freezes
 from ballast.guest.quiesce.lifelines import Lifelines
@@ -30,6 +31,7 @@ from ballast.guest.quiesce.lifelines import Lifelines
 IDLE_EXIT_S = 60.0
 TICK_S = 1.0  # the watchdog is fed about this often
 LIMIT_S = 10.0  # how long all who write may be slowed down for a freeze that does not come
+LIMIT_TICK_S = 0.05
 _UCRED = struct.Struct("3i")
 
 
@@ -45,7 +47,8 @@ class Guard:
         self._stopping = False
         self._idle_since_s = protocol.boottime_s()
         self._fed_s = 0.0
-        self._limited_until_s = math.inf
+        self._limit = DirtyLimit(Tree())
+        self._limited_until_s: float | None = None
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._wake_fd, selectors.EVENT_READ)
@@ -68,8 +71,7 @@ class Guard:
                 else:
                     os.eventfd_read(self._wake_fd)
             self._advance()
-            if protocol.boottime_s() >= self._limited_until_s:
-                self._lift_limit()
+            self._limit_dirty()
             self._feed_watchdog()
 
     def _feed_watchdog(self) -> None:
@@ -89,6 +91,8 @@ class Guard:
         return self._stopping or (self._client is None and idle_s >= IDLE_EXIT_S)
 
     def _wait_s(self) -> float:
+        if self._limited_until_s is not None and self._hold is None:
+            return LIMIT_TICK_S
         if self._hold is None or self._hold.cause is not None:
             return TICK_S if self._hold is None else 0.1
         return max(0.0, min(TICK_S, self._hold.expires_s - protocol.boottime_s()))
@@ -152,9 +156,9 @@ class Guard:
         elif message["op"] == "freeze" and self._hold is None and not self._stopping:
             self._hold = Freezes(message["levels"], fds, _lease(message), self._wake)
             rcu.expedite()
+            self._limit.loosen()  # a writer that waits at the limit holds up the freeze of its file system
         elif message["op"] == "limit" and self._hold is None:
             self._limited_until_s = protocol.boottime_s() + LIMIT_S
-            writeback.limit_dirty(Tree())
         elif message["op"] == "renew" and self._hold is not None and self._hold.cause is None:
             self._hold.expires_s = _lease(message)
             self._tell({"event": "renewed"})
@@ -178,10 +182,18 @@ class Guard:
         else:
             self._undo_writers()
 
+    def _limit_dirty(self) -> None:
+        if self._limited_until_s is None or self._hold is not None:
+            return
+        if protocol.boottime_s() < self._limited_until_s:
+            self._limit.follow()
+        else:
+            self._lift_limit()
+
     def _lift_limit(self) -> None:
-        if self._limited_until_s < math.inf:
-            self._limited_until_s = math.inf
-            writeback.restore()
+        if self._limited_until_s is not None:
+            self._limited_until_s = None
+            self._limit.restore()
 
     def _undo_writers(self) -> None:
         """The agent is dead, and what it had frozen is thawed."""
@@ -210,7 +222,7 @@ def main() -> int:
         sys.stderr.write("ballast-guard: no socket from systemd: it is started by ballast-guard.socket\n")
         return 2
     rcu.restore()  # should an earlier guard have been killed in the middle of a freeze
-    writeback.restore()
+    DirtyLimit(Tree()).restore()
     with contextlib.suppress(OSError):  # without CAP_IPC_LOCK it works all the same, a little later
         mman.lock_all_memory()
     gc.freeze()  # the garbage collector need not look through what stays

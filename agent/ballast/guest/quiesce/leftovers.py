@@ -16,8 +16,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from ballast.guest.linux import fsfreeze, notify, rcu, writeback
+from ballast.guest.linux import fsfreeze, notify, rcu
 from ballast.guest.linux.mountinfo import parse_mountinfo
+from ballast.guest.linux.tree import Tree
+from ballast.guest.linux.writeback import DirtyLimit
 from ballast.guest.quiesce.record import PATH, Open, process_start, read_record
 
 RETRY_S = 0.1
@@ -100,7 +102,7 @@ def _thaw(fd: int, session: Open, deadline_s: float) -> bool:
 def main() -> int:
     """``ExecStopPost=`` of the guard; always 0, since there is nobody to act on anything else."""
     rcu.restore()
-    writeback.restore()
+    DirtyLimit(Tree()).restore()
     with contextlib.suppress(OSError, ValueError):
         session = read_record(PATH).open
         if session is not None:

@@ -1,7 +1,7 @@
 """Everything before the first ioctl: all that needs a working disk, the bus or PID 1.
 
 Writers get ready while file systems are opened and written out; then they hold, and what they have written last is
-written out too.
+written out too. More passes than that bring nothing: what is left is what may be dirty at any time.
 """
 
 from __future__ import annotations
@@ -9,10 +9,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
+from collections.abc import Awaitable
 from dataclasses import dataclass
 
 from ballast.guest.config import Quiesce as Settings
+from ballast.guest.linux.writeback import LEAST_BYTES
 from ballast.guest.quiesce.forecast import Plan
 from ballast.guest.quiesce.guard_client import GuardConnection
 from ballast.guest.quiesce.outcome import Outcome
@@ -28,9 +31,6 @@ log = logging.getLogger(__name__)
 GUARD_START_S = 30.0  # enough for a stuck one to be killed and the next to start
 LOOK_S = 2.0  # how long whoever is asked for a risk may keep a freeze waiting
 LOOKED_S = 300.0  # how long what others told before is good enough not to wait at all
-SMALL_BYTES = 4 << 20  # so much is soon written, and each pass holds writers up for a moment as well
-# Where more is dirty writers are not slowed down before the first pass: they would stand still until all is written.
-SOON_BYTES = 128 << 20
 SYNC_HELD_S = 2.0  # how long an application is held for the little that it has just written
 
 
@@ -75,25 +75,35 @@ class Prelude:
         self._settings = settings
         self._guard_path = guard_path
         self._outlook = outlook
+        self._sync_s = 0.0
 
     async def run(self, resources: contextlib.ExitStack) -> Ready:
         """Get ready; what must be let go of later goes to ``resources``. AgentError, and then writers want undoing."""
-        connecting = asyncio.ensure_future(self._connect(resources))
-        opening = asyncio.ensure_future(self._open(resources))
+        # First of all, so that most is written while writers are started.
+        guard, fds = await self._connect_and_open(resources)
+        syncing = asyncio.ensure_future(self._sync_most(fds, guard))
         looking = asyncio.ensure_future(self._look())
         try:
             await self._writers.start()
-            guard = await connecting
             guard.keep(self._writers.lifelines())
-            fds = await opening
             self._check_writers()
-            # Not later: it asks PID 1, and nothing that is written meanwhile is left for the freeze to write.
-            risks = await looking
-            return Ready(fds, await self._settle(fds, guard), self._outlook.dirty_bytes(), guard, risks)
+            await self._have_writers_hold(fds, guard, syncing)
+            return Ready(fds, self._sync_s, self._outlook.dirty_bytes(), guard, await looking)
         except BaseException:
-            for task in (connecting, opening, looking):
+            for task in (looking, syncing):
                 task.cancel()
-            await asyncio.gather(connecting, opening, looking, return_exceptions=True)
+            await asyncio.gather(looking, syncing, return_exceptions=True)
+            raise
+
+    async def _connect_and_open(self, resources: contextlib.ExitStack) -> tuple[GuardConnection, list[int]]:
+        connecting = asyncio.ensure_future(self._connect(resources))
+        opening = asyncio.ensure_future(self._open(resources))
+        try:
+            return await connecting, await opening
+        except BaseException:
+            connecting.cancel()
+            opening.cancel()
+            await asyncio.gather(connecting, opening, return_exceptions=True)
             raise
 
     async def _look(self) -> list[Risk]:
@@ -121,30 +131,32 @@ class Prelude:
             resources.callback(os.close, fd)
         return fds
 
-    async def _settle(self, fds: list[int], guard: GuardConnection) -> float:
-        """Have applications hold and everything written out; seconds spent on the latter."""
-        left_s = timeout_s = self._settings.sync_timeout_ms / 1000
+    async def _sync_most(self, fds: list[int], guard: GuardConnection) -> None:
+        if self._is_dirty():
+            guard.limit_dirty()
+        await self._sync(fds)
+
+    async def _have_writers_hold(self, fds: list[int], guard: GuardConnection, syncing: Awaitable[None]) -> None:
+        """Have applications hold, with as little as can be left to be written."""
         mountpoints = [filesystem.mountpoint for filesystem in self._plan.filesystems]
-        if self._is_dirty(SMALL_BYTES) and not self._is_dirty(SOON_BYTES):
-            guard.limit_dirty()
-        sync_s, _ = await asyncio.gather(
-            sync_filesystems(fds, timeout_s=left_s),
-            self._writers.prepare(mountpoints, round(1000 * self._order.lease_s)),
-        )
-        left_s -= sync_s
+        await asyncio.gather(syncing, self._writers.prepare(mountpoints, round(1000 * self._order.lease_s)))
         self._check_writers()
-        if self._is_dirty(SMALL_BYTES):
+        if self._is_dirty():
             guard.limit_dirty()
-            left_s -= await sync_filesystems(fds, timeout_s=left_s)
+            await self._sync(fds)
         await self._writers.freeze()
         self._check_writers()
-        if self._is_dirty(SMALL_BYTES):
-            left_s -= await sync_filesystems(fds, timeout_s=min(left_s, SYNC_HELD_S))
-        return timeout_s - left_s
+        if self._writers.are_present and self._is_dirty():
+            await self._sync(fds, timeout_s=SYNC_HELD_S)
 
-    def _is_dirty(self, above_bytes: int) -> bool:
+    async def _sync(self, fds: list[int], *, timeout_s: float = math.inf) -> None:
+        """Write out what is dirty, within what is left of the time for it."""
+        left_s = self._settings.sync_timeout_ms / 1000 - self._sync_s
+        self._sync_s += await sync_filesystems(fds, timeout_s=max(0.0, min(left_s, timeout_s)))
+
+    def _is_dirty(self) -> bool:
         dirty_bytes = self._outlook.dirty_bytes()
-        return dirty_bytes is None or dirty_bytes > above_bytes
+        return dirty_bytes is None or dirty_bytes > LEAST_BYTES
 
     def _check_writers(self) -> None:
         """WriterRefused or DeadlineExceeded if a critical one failed, unless the host takes what it can get."""

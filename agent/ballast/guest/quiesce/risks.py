@@ -107,7 +107,7 @@ def _hidden_disk(freeze: Freeze) -> Iterator[str]:
     """File systems on disks that only another mount namespace has: no freeze of PID 1's mounts covers them."""
     tables = {freeze.tree.read("proc/1/mountinfo")}
     known = {*freeze.graph.filesystems}
-    for pid in _pids(freeze.tree):
+    for pid in _user_pids(freeze.tree):
         try:
             table = freeze.tree.read(f"proc/{pid}/mountinfo")
             if table in tables:
@@ -131,7 +131,7 @@ def _logger(freeze: Freeze) -> Iterator[str]:
     if long_enough and freeze.stops("/var/log/journal") and freeze.tree.exists("var/log/journal"):
         yield f"systemd kills a systemd-journald that waits for {_JOURNALD_WATCHDOG_S} s, and lines are lost"
     if freeze.stops("/var/log/audit") and freeze.tree.exists("var/log/audit"):
-        for pid in _pids(freeze.tree):
+        for pid in _user_pids(freeze.tree):
             with contextlib.suppress(OSError):  # it has ended
                 if freeze.tree.read(f"proc/{pid}/comm") == "auditd":
                     yield f"when the backlog of auditd ({pid}) is full, every audited process waits"
@@ -157,8 +157,13 @@ def _own_file(freeze: Freeze) -> Iterator[str]:
         yield f"Ballast's own {_OURS} is on {stops.mountpoint}, and not on a tmpfs"
 
 
-def _pids(tree: Tree) -> Iterator[str]:
-    return filter(_PROCESS.fullmatch, tree.names("proc"))
+def _user_pids(tree: Tree) -> Iterator[str]:
+    """All processes but the kernel's threads, which are most of them: kthreadd's children, by proc_pid_task(5)."""
+    try:
+        threads = {*tree.read("proc/2/task/2/children").split()}
+    except OSError:  # in a container, or a kernel without CONFIG_PROC_CHILDREN
+        threads = set()
+    return (name for name in tree.names("proc") if _PROCESS.fullmatch(name) and name not in threads)
 
 
 def _read_local(freeze: Freeze, path: str) -> str:

@@ -41,6 +41,7 @@ until ! ls /run/ballast/writers/* /sys/fs/cgroup/ballast.slice/ballast-writer-* 
 for point in {" ".join(MOUNTPOINTS)}; do touch $point/.checked; rm $point/.checked; done
 while ps -eo stat= | grep -q ^D; do sleep 0.05; done
 until systemctl is-active -q ballast-agent; do sleep 0.1; done
+until grep -qx 0 /sys/kernel/rcu_expedited && grep -qx 20 /proc/sys/vm/dirty_ratio; do sleep 0.1; done
 cat {LOG}
 """
 CIRCUMSTANCES = f"""

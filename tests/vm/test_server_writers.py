@@ -89,9 +89,9 @@ async def test_without_a_server_they_are_absent(agent: Agent) -> None:
     assert begun.consistency == "filesystem"
     reasons = {one.name: one.reason for one in _of_servers(begun.writers)}
     assert reasons == {
-        "mariadb": "no server is running",
-        "postgresql": "no cluster is running",
-        "redis": "no server of /etc/valkey/valkey.conf is running",
+        "mariadb": "no process mariadbd or process mysqld",
+        "postgresql": "no /run/postgresql/.s.PGSQL.* or [writer.postgresql]",
+        "redis": "no process redis-server or process valkey-server",
     }
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from ballast.guest.linux import settings
 from ballast.guest.linux.tree import Tree
 
-LEAST_BYTES = 8 << 20  # so much is soon written; with less, writers wait for each other
+LEAST_BYTES = 4 << 20  # so much is soon written; with less, writers wait for each other
 MARK = settings.MARKS / "dirty-limits"
 
 _LOOSE_BYTES = 32 << 20

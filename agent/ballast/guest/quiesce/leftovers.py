@@ -99,10 +99,15 @@ def _thaw(fd: int, session: Open, deadline_s: float) -> bool:
         time.sleep(RETRY_S)
 
 
-def main() -> int:
-    """``ExecStopPost=`` of the guard; always 0, since there is nobody to act on anything else."""
+def restore_settings() -> None:
+    """Put back what a guard that was killed had changed for a moment of the whole system; may be called by anybody."""
     rcu.restore()
     DirtyLimit(Tree()).restore()
+
+
+def main() -> int:
+    """``ExecStopPost=`` of the guard; always 0, since there is nobody to act on anything else."""
+    restore_settings()
     with contextlib.suppress(OSError, ValueError):
         session = read_record(PATH).open
         if session is not None:

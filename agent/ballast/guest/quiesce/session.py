@@ -22,6 +22,7 @@ from ballast.guest.quiesce import guard_protocol, record
 from ballast.guest.quiesce.forecast import Plan
 from ballast.guest.quiesce.guard_protocol import boottime_s
 from ballast.guest.quiesce.hold import Hold, Surroundings
+from ballast.guest.quiesce.leftovers import restore_settings
 from ballast.guest.quiesce.markers import MARKERS, left_in, see_undone, services_of
 from ballast.guest.quiesce.outlook import Outlook, check_lease
 from ballast.guest.quiesce.prelude import Order
@@ -88,6 +89,7 @@ class Quiesce:
 
     async def run(self) -> None:
         """Clean up after an agent that died, then carry each session through."""
+        restore_settings()
         await self._recover()
         self._recovered.set()
         while True:
@@ -95,6 +97,7 @@ class Quiesce:
             self._new.clear()
             if self._current is not None:
                 await self._current.run()
+                restore_settings()  # the guard's cleaner may be killed with it
                 self._close_record()
                 self._current = None
                 self._idle.set()

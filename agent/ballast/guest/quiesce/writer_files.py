@@ -59,7 +59,9 @@ def what_is_missing(program: Path, config: Mapping[str, Any]) -> str | None:
     if config and f"[writer.{program.name}]" in needs:
         return None
     running = _running() if any(need.startswith(_PROCESS) for need in needs) else set()
-    return None if any(_is_there(need, running) for need in needs) else f"no {' or '.join(needs)}"
+    if any(_is_there(need, running) for need in needs):
+        return None
+    return f"no {' or '.join(need.replace(_PROCESS, 'process ') for need in needs)}"
 
 
 def _is_there(need: str, running: Collection[str]) -> bool:

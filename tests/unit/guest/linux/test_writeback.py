@@ -60,7 +60,7 @@ def test_it_follows_what_is_dirty_down_to_the_least_and_not_up_again(tree: Tree,
     assert limits(tree) == (30 << 20, 30 << 17)
     make_dirty(tree, 0)
     limit.follow()
-    assert limits(tree) == (8 << 20, 1 << 20)
+    assert limits(tree) == (4 << 20, 1 << 19)
     limit.loosen()
     assert limits(tree) == (32 << 20, 4 << 20)
 
@@ -75,7 +75,7 @@ def test_it_is_put_back_in_the_unit_that_it_had(tree: Tree, limit: DirtyLimit, t
 
 
 def test_what_is_as_low_already_stays(tree: Tree, limit: DirtyLimit, tmp_path: Path) -> None:
-    tree.write("proc/vmstat", "nr_dirty_threshold 2048\n")
+    tree.write("proc/vmstat", "nr_dirty_threshold 1024\n")
     make_dirty(tree, 1024)
     limit.follow()
     limit.loosen()

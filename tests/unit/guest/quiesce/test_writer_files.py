@@ -19,7 +19,7 @@ from ballast.guest.quiesce.writer_files import find_writers, what_is_missing
         ("# ballast-needs: {root}/none/* {root}/no*", {}, "no {root}/none/* or {root}/no*"),
         ("# ballast-needs: {root}/there!stock", {}, "no {root}/there!stock"),
         ("# ballast-needs: {root}/th*!custom", {}, None),
-        ("# ballast-needs: comm=none {root}/none", {}, "no comm=none or {root}/none"),
+        ("# ballast-needs: comm=none {root}/none", {}, "no process none or {root}/none"),
         (f"# ballast-needs: comm=none comm={Path('/proc/self/comm').read_text().strip()}", {}, None),
         ("# ballast-needs: {root}/none!stock", {}, "no {root}/none!stock"),
         ("# ballast-needs: [writer.shop]", {}, "no [writer.shop]"),

@@ -1,0 +1,1 @@
+"""Disks of virtual machines: backups, and what is made of them."""

@@ -1,6 +1,7 @@
-"""The host's own kernel calls: holes in memory that is a file, and which file a process has mapped where.
+"""The host's own kernel calls: holes in memory that is a file, what a process has mapped, exchanged folders.
 
-fallocate(2), mincore(2), proc(5), unix(7), include/uapi/linux/falloc.h and magic.h. No policy; OSError.
+fallocate(2), mincore(2), renameat2(2), proc(5), unix(7), include/uapi/linux/falloc.h, fs.h and magic.h. No policy;
+OSError.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 TMPFS_MAGIC = 0x01021994
 HUGETLBFS_MAGIC = 0x958458F6
 _KEEP_SIZE, _PUNCH_HOLE = 0x01, 0x02
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 1 << 1
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 _MAPPING = re.compile(
@@ -32,6 +34,7 @@ _libc.mmap.restype = ctypes.c_void_p
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _libc.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
 _libc.fstatfs.argtypes = (ctypes.c_int, ctypes.c_char_p)
+_libc.renameat2.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
 
 
 def is_zero(fd: int, offset: int, bytes_: int) -> bool:
@@ -71,6 +74,13 @@ def filesystem_magic(fd: int) -> int:
         raise OSError(ctypes.get_errno(), f"fstatfs: {os.strerror(ctypes.get_errno())}")
     (magic,) = struct.unpack_from("l", buffer)
     return int(magic)
+
+
+def exchange(one: Path, other: Path) -> None:
+    """Give each of two files or folders the other's name, at once. EINVAL: this file system cannot (NFS, SMB)."""
+    if _libc.renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"renameat2: {os.strerror(number)}", str(one), None, str(other))
 
 
 def peer_pid(sock: socket.socket) -> int:

@@ -11,23 +11,25 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import os
 import re
 import secrets
-import shutil
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from urllib.parse import quote
 
 from ballast.host import linux
+from ballast.host.storage.folders import make_folder, sync, sync_all, take_away
 from ballast.host.storage.record import Backup, Damaged, Image, read_backup, write_backup
 from ballast.wire.errors import AgentError, BadRequest, Busy, NoSuchId
 
 __all__ = ["Backup", "Catalog", "Damaged", "Image", "StillNeeded"]
 
-_PARTIAL, _REMOVING = ".partial", ".removing"
+_PARTIAL, _REMOVING, _REPLACED = ".partial", ".removing", ".replaced"
+_UNREADY = (_PARTIAL, _REMOVING, _REPLACED)
 _LOCK = "lock"
 _STAMP = "%Y%m%dT%H%M%SZ"
 _STAMP_LENGTH = len("20261123T181500Z")
@@ -58,7 +60,7 @@ class Catalog:
 
     def begin(self, id_: str) -> Path:
         """Make the folder in which a backup is made, or made anew; nobody else can look into it."""
-        _make_folder(self.folder)
+        make_folder(self.folder)
         partial = self._path(id_, _PARTIAL)
         partial.mkdir(mode=0o700)
         return partial
@@ -72,27 +74,46 @@ class Catalog:
         made = _settle(partial, backup, images)
         partial.rename(place)
         try:
-            _sync(self.folder)
+            sync(self.folder)
         except OSError:
             place.rename(partial)
             raise
         return made
 
     def replace(self, backup: Backup, images: Sequence[Image]) -> Backup:
-        """As ``commit``, for a backup of that id that was made anew: it takes the old one's place at once.
+        """As ``commit``, for a backup of that id that was made anew: it takes the old one's place.
 
-        OSError EINVAL: the target's file system cannot exchange two folders (NFS, SMB).
+        At once, where the file system can exchange two folders. On others (NFS, SMB) whoever is killed may leave the
+        old one aside, for ``sweep`` to put it back.
         """
         partial, place = self._path(backup.id, _PARTIAL), self._path(backup.id)
         made = _settle(partial, backup, images)
-        linux.exchange(partial, place)
         try:
-            _sync(self.folder)
+            linux.exchange(partial, place)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            self._replace_in_steps(backup.id)
+            return made
+        try:
+            sync(self.folder)
         except OSError:
             linux.exchange(partial, place)
             raise
-        shutil.rmtree(partial)
+        take_away(partial)
         return made
+
+    def _replace_in_steps(self, id_: str) -> None:
+        place, aside = self._path(id_), self._path(id_, _REPLACED)
+        place.rename(aside)
+        try:
+            sync(self.folder)
+            self._path(id_, _PARTIAL).rename(place)
+        except OSError:
+            aside.rename(place)
+            raise
+        sync(self.folder)
+        take_away(aside)
 
     def read(self) -> tuple[list[Backup], dict[str, str]]:
         """All backups that can be restored, oldest first; and by name, why other folders cannot.
@@ -102,7 +123,7 @@ class Catalog:
         whole: dict[str, Backup] = {}
         damaged = {}
         for name in self._names():
-            if name.startswith(".") or name.endswith((_PARTIAL, _REMOVING)) or not (self.folder / name).is_dir():
+            if name.startswith(".") or name.endswith(_UNREADY) or not (self.folder / name).is_dir():
                 continue
             try:
                 whole[name] = _chained(read_backup(self.folder / name, name), whole)
@@ -110,6 +131,9 @@ class Catalog:
                 # Whoever only reads may see one go.
                 if (self.folder / name).exists():
                     damaged[name] = error.desc
+        for id_ in self._ids(_REPLACED):
+            if not self._path(id_).exists():
+                damaged[id_] = "a merge was interrupted; `ballastctl backup repair` puts it back"
         return list(whole.values()), damaged
 
     def backups(self) -> list[Backup]:
@@ -146,12 +170,12 @@ class Catalog:
         return self._ids(_PARTIAL)
 
     def leftovers(self) -> list[str]:
-        """Ids of removed backups of which something is still there."""
-        return self._ids(_REMOVING)
+        """Ids of backups of which a removal or a merge that was interrupted left something."""
+        return sorted({*self._ids(_REMOVING), *self._ids(_REPLACED)})
 
     def discard(self, id_: str) -> None:
         """Take away what ``begin`` made and all that is in it, if it is there."""
-        _take_away(self._path(id_, _PARTIAL))
+        take_away(self._path(id_, _PARTIAL))
 
     def remove(self, id_: str) -> None:
         """Take a backup out of the catalogue, and away; a damaged one too. NoSuchId, StillNeeded."""
@@ -163,25 +187,34 @@ class Catalog:
         needs += [name for name in damaged if name != id_ and _may_need(self.folder / name, id_)]
         if needs:
             raise StillNeeded(f"{place} stays: {', '.join(needs)} cannot be restored without it")
-        _take_away(removing)
+        take_away(removing)
         place.rename(removing)
-        _sync(self.folder)
-        _take_away(removing)
+        sync(self.folder)
+        take_away(removing)
 
     def sweep(self) -> list[str]:
         """Take away what others left who were killed; a sentence for each. Only under the lock."""
         said = []
+        for id_ in self._ids(_REPLACED):
+            place, aside = self._path(id_), self._path(id_, _REPLACED)
+            if place.exists():
+                take_away(aside)
+                said.append(f"{aside}, which was merged into another, is taken away")
+            else:
+                aside.rename(place)
+                sync(self.folder)
+                said.append(f"{place} is put back: its merge was interrupted")
         for suffix, what in ((_PARTIAL, "a backup that was not finished"), (_REMOVING, "the rest of a removed backup")):
             for id_ in self._ids(suffix):
                 path = self._path(id_, suffix)
-                _take_away(path)
+                take_away(path)
                 said.append(f"{path}, {what}, is taken away")
         return said
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Keep others from changing this catalogue; Busy if one is. The kernel lets go of it when the holder dies."""
-        _make_folder(self.folder)
+        make_folder(self.folder)
         path = self.folder / _LOCK
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -243,40 +276,5 @@ def _may_need(damaged: Path, id_: str) -> bool:
 def _settle(partial: Path, backup: Backup, images: Sequence[Image]) -> Backup:
     """Write the records, have everything on the disk, and read it as it will be read."""
     write_backup(partial, backup, list(images))
-    _sync_all(partial)
+    sync_all(partial)
     return read_backup(partial, backup.id)
-
-
-def _sync_all(folder: Path) -> None:
-    for path in sorted(folder.iterdir()):
-        if path.is_dir() and not path.is_symlink():
-            _sync_all(path)
-        elif path.is_file():
-            _sync(path, 0o600)
-    _sync(folder, 0o700)
-
-
-def _sync(path: Path, mode: int | None = None) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        if mode is not None:
-            # A file system that knows no modes is closed by its mount options.
-            with contextlib.suppress(PermissionError):
-                os.fchmod(fd, mode)
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _make_folder(folder: Path) -> None:
-    if folder.is_dir():
-        return
-    _make_folder(folder.parent)
-    with contextlib.suppress(FileExistsError):
-        folder.mkdir(mode=0o700)
-        _sync(folder.parent)
-
-
-def _take_away(folder: Path) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(folder)

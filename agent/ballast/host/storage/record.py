@@ -80,7 +80,7 @@ class Backup:
 
 
 def write_backup(folder: Path, backup: Backup, images: list[Image]) -> None:
-    """Write all JSON files of a backup; nothing is synced. OSError."""
+    """Write all JSON files of a backup; nothing is synced. OSError; Damaged, for a number that is none."""
     for image in images:
         _write(folder / f"{image.disk}.json", to_wire(image))
     about = to_wire(backup)
@@ -137,7 +137,12 @@ def _is_plain(name: str) -> bool:
 
 
 def _write(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
+    try:
+        text = json.dumps(value, indent=2, allow_nan=False)
+    except ValueError as error:
+        # A guest can say 1e999, which JSON knows and a double does not.
+        raise Damaged(f"{path}: {error}") from error
+    path.write_text(f"{text}\n")
 
 
 def _read(record: type[T], path: Path) -> T:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import signal
 import stat
@@ -217,6 +218,8 @@ def test_what_would_be_damaged_is_not_committed(catalog: Catalog) -> None:
     backup, images = begin(catalog, ID, None)
     with pytest.raises(Damaged, match=r"data\.json: No such file"):
         catalog.commit(backup, images[:1])
+    with pytest.raises(Damaged, match=r"backup\.json: .*not JSON compliant"):
+        catalog.commit(replace(backup, frozen_ms=math.inf), images)
     assert (catalog.backups(), catalog.partials()) == ([], [ID])
     catalog.discard(ID)
     catalog.discard(ID)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ballast import __version__
-from ballast.host import examples, memory_verbs, verbs
+from ballast.host import backup_verbs, examples, memory_verbs, verbs
+from ballast.host.backup_arguments import add_backup
 from ballast.host.config import PATH
 from ballast.host.connection import ANSWER_TIMEOUT_S
 from ballast.host.quantity import parse_duration, parse_size
@@ -29,7 +30,9 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
     parser = _make_parser()
     args = parser.parse_args(words)
     _check(parser, args, command)
-    args.changes_machine = "qmp" in args and not getattr(args, "no_reclaim", False)
+    args.backs_up = "folder" in args
+    args.changes_machine = "qmp" in args and not args.backs_up and not getattr(args, "no_reclaim", False)
+    args.needs_agent = getattr(args, "level", None) != "none" and getattr(args, "needs_agent", True)
     return args
 
 
@@ -50,7 +53,10 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace, command: l
             parser.error("there is no command after --")
         if shutil.which(command[0]) is None:
             parser.error(f"no such command: {command[0]}")
-    if args.verb in (verbs.freeze, verbs.forecast) and not _LEASE_S[0] <= args.lease <= _LEASE_S[1]:
+    if (
+        args.verb in (verbs.freeze, verbs.forecast, backup_verbs.create)
+        and not _LEASE_S[0] <= args.lease <= _LEASE_S[1]
+    ):
         parser.error("--lease must be 1s to 600s")
     if args.verb is verbs.freeze and args.max_hold < _LEASE_S[0]:
         parser.error("--max-hold must be 1s or more")
@@ -84,6 +90,8 @@ def _make_parser() -> argparse.ArgumentParser:
     _add_offline(add("offline", memory_verbs.offline, "have the guest stop using hot-added memory", examples.OFFLINE))
     _add_balloon(_add_group(commands, "balloon", "give boot memory back to the host, or let the guest have it again"))
     _add_memory(_add_group(commands, "memory", "plug in and take out memory"))
+    backups = _add_group(commands, "backup", "back up a running machine, and what one does with backups")
+    add_backup(backups, partial(_add_verb, backups), _make_common(), _add_scope)
     return parser
 
 

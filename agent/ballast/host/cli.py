@@ -8,12 +8,13 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
 from functools import partial
 
 from ballast.host import verbs
 from ballast.host.agent import Agent
 from ballast.host.arguments import parse_arguments
-from ballast.host.config import ConfigError, find_route, find_vm
+from ballast.host.config import ConfigError, find_route, find_vm, read_backups
 from ballast.host.machine import NotReclaimable
 from ballast.host.memory_verbs import qmp_of
 from ballast.host.show import say
@@ -31,14 +32,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             vm = find_vm(args.target, args.config)
             args.qmp = qmp_of(vm, args.qmp)
             args.safe_vhost_user = {*vm.safe_vhost_user, *(getattr(args, "safe_vhost_user", None) or ())}
-        route = find_route(args.target, args.config, args.token_file)
+        if args.backs_up:
+            args.backups = read_backups(args.config)
+            args.vm = find_vm(args.target, args.config)
+        connect = _route(args) if args.needs_agent else partial(_connect_later, args)
     except (ConfigError, ValueError) as error:
         say(str(error))
         return Exit.USAGE
     except NotReclaimable as error:
         say(error.desc)
         return Exit.REFUSED
-    return _run(args, partial(Agent.connect, route.connect, route.token, args.timeout))
+    return _run(args, connect)
+
+
+def _route(args: argparse.Namespace) -> Connect:
+    route = find_route(args.target, args.config, args.token_file)
+    return partial(Agent.connect, route.connect, route.token, args.timeout)
+
+
+def _connect_later(args: argparse.Namespace) -> AbstractAsyncContextManager[Agent]:
+    """For what mostly has no use for an agent, so that none need be known."""
+    return _route(args)()
 
 
 def _run(args: argparse.Namespace, connect: Connect) -> int:

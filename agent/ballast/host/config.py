@@ -7,6 +7,9 @@
     safe-vhost-user = ["fs0"]
     token-file = "/etc/ballast/tokens/web1"
 
+    [backup]
+    target = "/srv/backups"
+
 A wrong key or value is an error with file, key and reason: a host that guesses freezes the wrong guest.
 """
 
@@ -17,13 +20,22 @@ import stat
 import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from ballast.host.connect import parse_target
 
 PATH = Path("/etc/ballast/host.toml")
+IfNotHeld = Literal["retry", "discard", "keep"]
+IF_NOT_HELD = get_args(IfNotHeld)
 _SCHEMES = ("vsock:", "unix:")
 _TOKEN_LIMIT_BYTES = 4096
+_BACKUP_NUMBERS = {
+    "fleece-timeout-s": (1, 60),
+    "backups-at-once": (1, 64),
+    "freezes-at-once": (1, 64),
+    "rate-mib-s": (1, 1 << 20),
+}
+_PATHS = ("token-file", "tpm-state")
 
 
 class ConfigError(Exception):
@@ -45,6 +57,26 @@ class Vm:
     libvirt: str | None = None
     token_file: Path | None = None
     safe_vhost_user: tuple[str, ...] = ()
+    tpm_state: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Backups:
+    """``[backup]``: where backups go, and what they may take of this host.
+
+    ``fleece`` is where the blocks are kept that a guest overwrites while it is copied: on a disk as fast as its own. A
+    block that is not there within ``fleece_timeout_s`` (1 to 60) ends the backup, and the guest goes on. ``rate`` is
+    for all backups together. ``if_not_held`` says what becomes of a backup whose freeze did not hold.
+    """
+
+    target: Path = Path("/var/lib/ballast/backups")
+    fleece: Path = Path("/var/lib/ballast/fleece")
+    fleece_timeout_s: int = 1
+    key_file: Path | None = None
+    backups_at_once: int = 2
+    freezes_at_once: int = 1
+    rate_mib_s: int | None = None
+    if_not_held: IfNotHeld = "retry"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,16 +121,50 @@ def _find_vm(name: str, path: Path) -> Vm:
 
 def read_config(path: Path = PATH) -> dict[str, Vm]:
     """Read all VMs by name. ConfigError, OSError."""
+    return {name: _read_vm(path, name, values) for name, values in _read(path).get("vm", {}).items()}
+
+
+def read_backups(path: Path = PATH) -> Backups:
+    """Read what there is to know of backups; all of it has defaults, also the file. ConfigError, OSError."""
+    try:
+        values = _read(path).get("backup", {})
+    except FileNotFoundError:
+        values = {}
+    known = {field.name.replace("_", "-"): field for field in fields(Backups)}
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in known:
+            raise ConfigError(path, f"backup.{key}", f"unknown key, expected one of {', '.join(known)}")
+        found[known[key].name] = _backup_value(path, key, value)
+    return Backups(**found)
+
+
+def _backup_value(path: Path, key: str, value: Any) -> Any:
+    if key in _BACKUP_NUMBERS:
+        least, most = _BACKUP_NUMBERS[key]
+        if type(value) is not int or not least <= value <= most:
+            raise ConfigError(path, f"backup.{key}", f"expected a number from {least} to {most}, found {value!r}")
+        return value
+    if key == "if-not-held":
+        if value not in IF_NOT_HELD:
+            raise ConfigError(path, f"backup.{key}", f"expected one of {', '.join(IF_NOT_HELD)}, found {value!r}")
+        return value
+    if not isinstance(value, str) or not value.startswith("/"):
+        raise ConfigError(path, f"backup.{key}", f"expected an absolute path, found {value!r}")
+    return Path(value)
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         content = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(path, "", str(error)) from error
     for key, value in content.items():
-        if key != "vm":
-            raise ConfigError(path, key, "unknown key, expected [vm.NAME]")
+        if key not in ("vm", "backup"):
+            raise ConfigError(path, key, "unknown key, expected [vm.NAME] or [backup]")
         if not isinstance(value, dict):
-            raise ConfigError(path, key, "expected tables: [vm.NAME]")
-    return {name: _read_vm(path, name, values) for name, values in content.get("vm", {}).items()}
+            raise ConfigError(path, key, "expected tables: [vm.NAME] and [backup]")
+    return content
 
 
 def _read_vm(path: Path, name: str, values: Any) -> Vm:
@@ -121,9 +187,10 @@ def _read_vm(path: Path, name: str, values: Any) -> Vm:
             parse_target(values["agent"])
         except ValueError as error:
             raise ConfigError(path, f"{where}.agent", str(error)) from error
-    strings = {known[key]: value for key, value in values.items() if key not in ("token-file", "safe-vhost-user")}
-    token_file = Path(values["token-file"]) if "token-file" in values else None
-    return Vm(**strings, token_file=token_file, safe_vhost_user=tuple(values.get("safe-vhost-user", ())))
+    read: dict[str, Any] = {
+        known[key]: Path(value) if key in _PATHS else value for key, value in values.items() if key != "safe-vhost-user"
+    }
+    return Vm(**read, safe_vhost_user=tuple(values.get("safe-vhost-user", ())))
 
 
 def read_token(path: Path) -> str:

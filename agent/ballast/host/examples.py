@@ -94,3 +94,51 @@ examples:
   ballastctl memory remove 512M vsock:42 --qmp /run/web1/qmp --offline-timeout 2m
 
 Whole DIMMs of exactly that size in all, ballast-N before others. One that does not come off is in use as before."""
+
+BACKUP_CREATE = """\
+examples:
+  ballastctl backup create web1
+  ballastctl backup create web1 --incremental --target /srv/backups --rate 100
+  ballastctl backup create web1 --level filesystem --exclude '/var/lib/docker/*'
+
+The guest is frozen for a moment; it runs while its disks are copied. What it overwrites meanwhile is kept on this host
+(fleece = in host.toml): if that cannot be done in time the backup fails, and the guest goes on. Exit status 6 means
+that the freeze did not hold and the backup was kept (--if-not-held keep), 5 that a part of it was not frozen."""
+
+BACKUP_LIST = """\
+examples:
+  ballastctl backup list web1
+  ballastctl backup list web1 --json | jq '.backups[] | select(.held)'"""
+
+BACKUP_SHOW = """\
+examples:
+  ballastctl backup show web1
+  ballastctl backup show web1 --id 20261123T181500Z-1a2b3c"""
+
+BACKUP_VERIFY = """\
+examples:
+  ballastctl backup verify web1
+  ballastctl backup verify web1 --filesystems
+
+All of the chain is read: checksums, the images' own structure and, as root, with --filesystems, copies of the file
+systems as the guest would find them."""
+
+BACKUP_RESTORE = """\
+examples:
+  ballastctl backup restore web1 --to /var/lib/libvirt/images/web1-restored
+  ballastctl backup restore web1 --id 20261123T181500Z-1a2b3c --disk vda --format raw --to .
+
+The disks are whole by themselves. In place of a machine's own disks only while it is off, with --overwrite; the next
+backup is a full one then."""
+
+BACKUP_PRUNE = """\
+examples:
+  ballastctl backup prune web1 --keep-last 3 --keep-daily 14 --keep-weekly 8 --dry-run
+
+The newest backup that held stays in any case. What others need is merged into them before it goes."""
+
+BACKUP_REPAIR = """\
+examples:
+  ballastctl backup repair web1
+
+A backup that is killed is repaired by a process that waits for it, and by the next backup."""

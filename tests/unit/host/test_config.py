@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ballast.host.config import ConfigError, Route, Vm, find_route, read_config, read_token
+from ballast.host.config import Backups, ConfigError, Route, Vm, find_route, read_backups, read_config, read_token
 
 
 def write(path: Path, text: str, mode: int = 0o600) -> Path:
@@ -55,6 +55,32 @@ def test_virtual_machines_are_read(tmp_path: Path) -> None:
         "web1": Vm("vsock:42", "unix:/q", None, Path("/t"), ("a", "b")),
         "db1": Vm(libvirt="qemu:///system/db1"),
     }
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("backup = 5\n", "backup: expected tables"),
+        ('[backup]\nplace = "/x"\n', "backup.place: unknown key, expected one of target, fleece,"),
+        ('[backup]\ntarget = "backups"\n', "backup.target: expected an absolute path, found 'backups'"),
+        ("[backup]\nfleece = 1\n", "backup.fleece: expected an absolute path, found 1"),
+        ("[backup]\nfleece-timeout-s = 0\n", "backup.fleece-timeout-s: expected a number from 1 to 60, found 0"),
+        ("[backup]\nbackups-at-once = true\n", "backup.backups-at-once: expected a number from 1 to 64, found True"),
+        ('[backup]\nif-not-held = "hope"\n', "backup.if-not-held: expected one of retry, discard, keep, found 'hope'"),
+    ],
+)
+def test_what_is_wrong_with_backups_is_told(tmp_path: Path, text: str, problem: str) -> None:
+    path = write(tmp_path / "host.toml", text)
+    with pytest.raises(ConfigError) as caught:
+        read_backups(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert problem in str(caught.value)
+
+
+def test_what_there_is_to_know_of_backups_is_read_and_the_rest_has_defaults(tmp_path: Path) -> None:
+    path = write(tmp_path / "host.toml", '[backup]\ntarget = "/b"\nrate-mib-s = 5\nif-not-held = "keep"\n[vm.a]\n')
+    assert read_backups(path) == Backups(Path("/b"), rate_mib_s=5, if_not_held="keep")
+    assert read_backups(tmp_path / "none.toml") == Backups()
 
 
 def test_an_empty_file_has_none(tmp_path: Path) -> None:

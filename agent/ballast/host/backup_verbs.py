@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ballast.host import backup_view
 from ballast.host.config import Backups, Vm
+from ballast.host.machine import NotReclaimable
 from ballast.host.memory_verbs import finish
 from ballast.host.show import progress, progress_bar, put_json, put_tables, say
 from ballast.host.storage import backup, deadman
@@ -62,6 +63,8 @@ def _order(args: argparse.Namespace) -> Order:
 
 def _source(args: argparse.Namespace) -> Source:
     settings: Backups = args.backups
+    if args.vm.libvirt:
+        raise NotReclaimable(f"{args.vm.libvirt} is libvirt's: backups of its machines are not there yet")
     fleece = settings.fleece / _catalog(args).folder.name
     return QemuSource(args.qmp, fleece, settings.fleece_timeout_s)
 

@@ -35,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.backs_up:
             args.backups = read_backups(args.config)
             args.vm = find_vm(args.target, args.config)
+            if "qmp" in args and not args.vm.libvirt:
+                args.qmp = qmp_of(args.vm, args.qmp)
         connect = _route(args) if args.needs_agent else partial(_connect_later, args)
     except (ConfigError, ValueError) as error:
         say(str(error))

@@ -149,6 +149,11 @@ class Loaded:
         )
         self.wait_progress()
 
+    @property
+    def acknowledged(self) -> Acknowledged:
+        """What we have heard of so far, by writer."""
+        return self._acks.last
+
     def stop(self) -> None:
         """End writers and servers, and remove what they wrote; what was on root is there again."""
         self.guest.run(STOP, timeout_s=120)
@@ -190,7 +195,7 @@ class Loaded:
             }
             for name, (node, _, _) in self._tops.items()
         ]
-        acknowledged = self._acks.last
+        acknowledged = self.acknowledged
         self.guest.qmp("transaction", actions=actions)
         images = {name: (path, format_) for name, (_, path, format_) in self._tops.items()}
         self._tops = {name: (f"{name}-{number}", overlays[name], "qcow2") for name in self._tops}

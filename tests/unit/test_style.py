@@ -16,10 +16,10 @@ UNITS = sorted(path for path in (ROOT / "units").iterdir() if path.suffix != ".r
 pytestmark = pytest.mark.timeout(300)
 
 
-def run(tool: str, *arguments: str | Path, silent: bool = False) -> None:
+def run(tool: str, *arguments: str | Path, silent_about: str | None = None) -> None:
     """Fail with the tool's own output, and nothing of Python's; skip if there is no such tool.
 
-    ``silent``: this tool exits 0 after warnings, so whatever it says is a failure.
+    ``silent_about``: this tool exits 0 after warnings, so whatever it says with that in it is a failure.
     """
     program = shutil.which(tool, path=sysconfig.get_path("scripts")) or shutil.which(tool)
     if program is None:
@@ -27,7 +27,7 @@ def run(tool: str, *arguments: str | Path, silent: bool = False) -> None:
     result = subprocess.run(
         [program, *arguments], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
     )
-    if result.returncode != 0 or (silent and result.stdout):
+    if result.returncode != 0 or (silent_about and silent_about in result.stdout):
         pytest.fail(f"{tool}:\n{result.stdout}", pytrace=False)
 
 
@@ -67,7 +67,8 @@ def test_units_are_valid(tmp_path: Path) -> None:
     for unit in UNITS:
         text = re.sub(r"(?<==)/usr/(sbin|lib)/ballast\S*", "/bin/true", unit.read_text())
         (tmp_path / unit.name).write_text(text)
-    run("systemd-analyze", "verify", "--man=no", *sorted(tmp_path.iterdir()), silent=True)
+    # It reads units of this machine as well, and those may be meant for a later systemd.
+    run("systemd-analyze", "verify", "--man=no", *sorted(tmp_path.iterdir()), silent_about="ballast")
 
 
 @pytest.mark.parametrize("unit", [unit for unit in UNITS if unit.suffix == ".service"], ids=lambda unit: unit.name)

@@ -58,7 +58,9 @@ class _Copy:
     def run(self) -> int:
         """Copy all; how many bytes. Blocks; BackupFailed, Stopped."""
         source = self._connect(self.export.socket, self.export.name, [_ALLOCATION, self.export.bitmap])
+        self.waits_for = "the target"
         sink = self._connect(self.target, "", [])
+        self.waits_for = "the machine"
         try:
             extents = self._look(source)
             with _Reader(self, source, extents) as pieces:

@@ -22,6 +22,7 @@ Format = Literal["qcow2", "raw"]
 QUICK_S = 60.0
 _START_S = 20.0
 _END_S = 120.0
+_KILL_S = 1.0
 _KEY = "key"
 _SAID_CHARS = 500
 
@@ -140,7 +141,7 @@ async def serve(path: Path, *, depth: int = 1, key_file: Path | None = None) -> 
         except TimeoutError as error:
             raise BackupFailed(f"{path}: the program that writes it hangs") from error
         finally:
-            _kill(process)
+            await _kill(process)
 
 
 def _open(path: Path, depth: int, key_file: Path | None) -> str:
@@ -204,7 +205,7 @@ async def _finish(process: asyncio.subprocess.Process, advance: Callable[[float]
         await process.wait()
         return out.decode(errors="replace"), (await errors).decode(errors="replace").strip()[-_SAID_CHARS:]
     finally:
-        _kill(process)
+        await _kill(process)
 
 
 def _tell(piece: bytes, advance: Callable[[float], None] | None) -> None:
@@ -213,6 +214,10 @@ def _tell(piece: bytes, advance: Callable[[float], None] | None) -> None:
             advance(float(piece.rpartition(b"(")[2].partition(b"/")[0]) / 100)
 
 
-def _kill(process: asyncio.subprocess.Process) -> None:
+async def _kill(process: asyncio.subprocess.Process) -> None:
+    """See that it ends; one that waits for a dead target in the kernel is left to that."""
     if process.returncode is None:
         process.kill()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_KILL_S):
+                await process.wait()

@@ -17,17 +17,13 @@ from tests.lab.channel import Channel
 TIMEOUT_S = 60.0
 
 
-@dataclass
-class StillMachine:
-    """``qmp`` is for who is tested; ``held`` is what each disk, by its name, holds."""
+class Played:
+    """Disks to which a test writes as a guest would; ``held`` is what each, by its name, holds."""
 
-    qmp: Path
-    process: subprocess.Popen[bytes]
     held: dict[str, bytearray]
     qdevs: dict[str, str]
-    _channel: Channel
     _log: Path
-    _dice: random.Random = field(default_factory=lambda: random.Random(0))
+    _dice: random.Random
 
     def write(self, disk: str, offset: int, bytes_: int, value: int | None = None) -> None:
         """Write as the guest would: through the device's own end of the chain of nodes."""
@@ -50,6 +46,22 @@ class StillMachine:
     def snapshot(self) -> dict[str, bytes]:
         """What all disks hold now."""
         return {disk: bytes(content) for disk, content in self.held.items()}
+
+    def _hmp(self, line: str) -> str:
+        raise NotImplementedError
+
+
+@dataclass
+class StillMachine(Played):
+    """``qmp`` is for who is tested."""
+
+    qmp: Path
+    process: subprocess.Popen[bytes]
+    held: dict[str, bytearray]
+    qdevs: dict[str, str]
+    _channel: Channel
+    _log: Path
+    _dice: random.Random = field(default_factory=lambda: random.Random(0))
 
     def ask(self, command: str, **arguments: Any) -> Any:
         """Run a QMP command on a connection that who is tested does not use. RuntimeError."""

@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import filecmp
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from ballast.host.window import FreezePlan
 from tests.lab.guest import Guest
 from tests.vm.conftest import TOKEN
 from tests.vm.crash import SCSI
-from tests.vm.crash_loaded import Acknowledged, Loaded, Snapshot
+from tests.vm.crash_loaded import Acknowledged, Snapshot
 
 VM = "lab"
 FLEECE_TIMEOUT_S = 10  # two cores, and everything is emulated
@@ -32,17 +32,18 @@ LEASE_S = 60.0
 class WitnessedSource(QemuSource):
     """A source that keeps, inside the frozen window, what the disks hold and which writes were acknowledged by then."""
 
-    def __init__(self, load: Loaded, folder: Path) -> None:
-        super().__init__(str(load.guest.qmp_path), folder / "fleece" / VM, FLEECE_TIMEOUT_S)
+    def __init__(self, guest: Guest, acknowledged: Callable[[], Acknowledged], folder: Path) -> None:
+        super().__init__(str(guest.qmp_path), folder / "fleece" / VM, FLEECE_TIMEOUT_S)
         self.acknowledged: Acknowledged = {}
         self.reference = folder / "reference"
-        self._load = load
+        self._guest = guest
+        self._ask = acknowledged
 
     async def cut(self) -> None:
         """Cut; and while all is frozen, copy what QEMU writes to."""
-        self.acknowledged = self._load.acknowledged
+        self.acknowledged = self._ask()
         await super().cut()
-        await asyncio.to_thread(copy_disks, self._load.guest, self.reference)
+        await asyncio.to_thread(copy_disks, self._guest, self.reference)
 
 
 def copy_disks(guest: Guest, folder: Path) -> None:

@@ -33,7 +33,7 @@ def make_chain(load: Loaded, folder: Path, count: int) -> list[tuple[Backup, Ack
     made = []
     for number in range(count):
         load.wait_progress()
-        source = WitnessedSource(load, folder)
+        source = WitnessedSource(load.guest, lambda: load.acknowledged, folder)
         backup = asyncio.run(back_up(source, load.guest, folder, incremental=number > 0))
         source.reference.rename(folder / backup.id)
         made.append((backup, source.acknowledged))

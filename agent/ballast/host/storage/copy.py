@@ -24,9 +24,13 @@ from ballast.host.storage.source import BackupFailed, Export
 STALL_S = 60.0
 _REQUEST_BYTES = 2 << 20
 _AHEAD = 4
+# So that what a slow target has yet to write at the end takes it less than STALL_S.
+_FLUSH_BYTES = 256 << 20
 _ALLOCATION = "base:allocation"
 _DIRTY, _ZERO = 1, 2  # NBD_STATE_DIRTY of qemu:dirty-bitmap, NBD_STATE_ZERO of base:allocation
 _LOOK_S = 0.2
+# A snapshot that was broken answers EACCES, and QEMU's NBD server has no word for that but EINVAL.
+_GIVEN_UP = (errno.EACCES, errno.EINVAL, errno.EIO)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,15 +71,21 @@ class _Copy:
                 self._write(sink, pieces)
             self.waits_for = "the target"
             self.call("the target", sink.flush)
-        finally:
-            for client in (source, sink):
-                with suppress(Exception):
-                    client.shutdown()
+        except BaseException:
+            self.hang_up()
+            raise
+        for client in (source, sink):
+            with suppress(_library().Error):
+                client.shutdown()
         return sum(extent.bytes for extent in extents)
 
     def stop(self) -> None:
-        """Have every call that waits end."""
+        """Give the copy up, whatever it waits for."""
         self.is_stopped.set()
+        self.hang_up()
+
+    def hang_up(self) -> None:
+        """Have every call that waits end with an error."""
         for one in self.sockets:
             with suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR)
@@ -89,6 +99,8 @@ class _Copy:
         nbd = _library()
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.sockets.append(connection)
+        if self.is_stopped.is_set():
+            raise Stopped
         client = nbd.NBD()
         client.set_export_name(name)
         for context in filter(None, contexts):
@@ -130,25 +142,34 @@ class _Copy:
         while at < size:
             self.call("the machine", source.block_status, min(size - at, 1 << 30), at, note)
             at = found[-1][0] + found[-1][1]
+            self.moved += 1
         return found
 
     def _write(self, sink: Any, pieces: Iterator[tuple[Extent, bytes | None]]) -> None:
-        due_s = time.monotonic()
+        due_s, unflushed_bytes = time.monotonic(), 0
         for extent, data in pieces:
             self.waits_for = "the target"
             if data is None:
                 self.call("the target", sink.zero, extent.bytes, extent.offset)
             else:
                 self.call("the target", sink.pwrite, data, extent.offset)
+                unflushed_bytes += extent.bytes
+            self.moved += 1
+            if unflushed_bytes >= _FLUSH_BYTES:
+                self.call("the target", sink.flush)
+                unflushed_bytes = 0
             self.moved += 1
             self.waits_for = "the machine"
             self.advance(extent.bytes)
-            if self.rate_bytes_s:
+            if self.rate_bytes_s and data is not None:
                 due_s = max(due_s, time.monotonic() - 1) + extent.bytes / self.rate_bytes_s
-                while (left_s := due_s - time.monotonic()) > 0:
-                    self.moved += 1  # it is we who wait
-                    if self.is_stopped.wait(min(left_s, _LOOK_S)):
-                        raise Stopped
+                self._wait_until(due_s)
+
+    def _wait_until(self, due_s: float) -> None:
+        while (left_s := due_s - time.monotonic()) > 0:
+            self.moved += 1  # it is we who wait
+            if self.is_stopped.wait(min(left_s, _LOOK_S)):
+                raise Stopped
 
     def call(self, who: str, call: Callable[..., Any], *arguments: Any) -> Any:
         """Call libnbd, and tell by its error who is to blame. BackupFailed, Stopped."""
@@ -159,7 +180,7 @@ class _Copy:
                 raise Stopped from error
             if who == "the target":
                 raise BackupFailed(f"the target cannot be written to: {error.string}") from error
-            if error.errnum in (errno.EACCES, errno.EIO):
+            if error.errnum in _GIVEN_UP:
                 raise BackupFailed(
                     "the machine gave the point in time up: the fleece could not take the guest's old blocks in time"
                 ) from error
@@ -180,8 +201,10 @@ class _Reader:
     def __enter__(self) -> Iterator[tuple[Extent, bytes | None]]:
         return self._pieces(self._thread.submit(self._read))
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._is_over.set()
+        if kind is not None:
+            self._copy.hang_up()  # it may wait for a machine that hangs
         self._thread.shutdown()
 
     def _pieces(self, reading: Future[None]) -> Iterator[tuple[Extent, bytes | None]]:

@@ -1,6 +1,5 @@
 """Points in time of a real QEMU, whose guest is this test: what is served equals what the disks held at the cut."""
 
-import asyncio
 import os
 import subprocess
 from collections.abc import Iterator
@@ -10,7 +9,7 @@ import nbd
 import pytest
 
 from ballast.host.storage.qemu_source import QemuSource
-from ballast.host.storage.source import Export
+from tests.kernel.point_in_time import back_up, read
 from tests.lab.still_machine import StillMachine, still_machine
 
 MIB = 1 << 20
@@ -41,57 +40,6 @@ def machine(folder: Path) -> Iterator[StillMachine]:
 
 def source_of(machine: StillMachine, folder: Path) -> QemuSource:
     return QemuSource(str(machine.qmp), folder / "fleece" / "vm", 5)
-
-
-def read(export: Export, onto: bytes | None) -> bytes:
-    """Read an export whole, or what its bitmap marks onto an older content."""
-    content = bytearray(onto or b"")
-    client = nbd.NBD()
-    client.set_export_name(export.name)
-    if export.bitmap:
-        client.add_meta_context(export.bitmap)
-    client.connect_unix(str(export.socket))
-    size = client.get_size()
-    if onto is None:
-        step = 1 << 20
-        content = bytearray(b"".join(client.pread(min(step, size - at), at) for at in range(0, size, step)))
-    else:
-        assert export.bitmap
-        extents: list[int] = []
-        at = 0
-
-        def note(_context: str, offset: int, entries: list[int], _error: object) -> int:
-            extents[:] = entries
-            return 0
-
-        while at < size:
-            client.block_status(size - at, at, note)
-            for length, flags in zip(extents[::2], extents[1::2], strict=True):
-                if flags & 1:
-                    content[at : at + length] = client.pread(length, at)
-                at += length
-    client.shutdown()
-    return bytes(content)
-
-
-async def back_up(
-    source: QemuSource, machine: StillMachine, new: str, base: str | None, onto: dict[str, bytes] | None = None
-) -> tuple[dict[str, bytes], dict[str, bytes]]:
-    """Back up, with the guest writing at every moment: what was held at the cut, and what was read."""
-    await source.survey(base)
-    machine.scribble(3)
-    await source.prepare(new, base)
-    machine.scribble(3)
-    await source.cut()
-    held = machine.snapshot()
-    machine.scribble(10)
-    exports = await source.exports()
-    machine.scribble(10)
-    got = {
-        export.disk: await asyncio.to_thread(read, export, onto[export.disk] if onto and base else None)
-        for export in exports
-    }
-    return held, got
 
 
 def assert_clean(machine: StillMachine, folder: Path, last: str | None) -> None:

@@ -10,6 +10,7 @@ import random
 import signal
 import subprocess
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -48,6 +49,12 @@ class LibvirtMachine(Played):
         """End as after a guest's shutdown: images are closed, and qcow2 keeps its bitmaps."""
         self.domain.destroyFlags(libvirt.VIR_DOMAIN_DESTROY_GRACEFUL)
 
+    def remove(self) -> None:
+        """Have libvirt forget it."""
+        if self.domain.isActive():
+            self.domain.destroy()
+        self.domain.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA)
+
     def crash(self) -> None:
         """Kill its QEMU, and wait until libvirt knows."""
         name = f"guest={self.domain.name()},".encode()
@@ -70,7 +77,7 @@ class LibvirtMachine(Played):
 
     def has_job(self) -> bool:
         """Whether a backup runs."""
-        return int(self.domain.jobInfo()[0]) != libvirt.VIR_DOMAIN_JOB_NONE
+        return bool(self.domain.jobInfo()[0] != libvirt.VIR_DOMAIN_JOB_NONE)
 
     def _hmp(self, line: str) -> str:
         flag = libvirt_qemu.VIR_DOMAIN_QEMU_MONITOR_COMMAND_HMP
@@ -78,24 +85,25 @@ class LibvirtMachine(Played):
 
 
 @contextmanager
-def libvirt_daemon(folder: Path, user: str = "root") -> Iterator[str]:
-    """Start a libvirtd whose QEMUs run as ``user``; its URI. All of it is killed at the end."""
+def libvirt_daemon(folder: Path) -> Iterator[str]:
+    """Start a libvirtd, whose QEMUs run as the user of the distribution's choice; its URI.
+
+    All of it is killed at the end. What is mounted later is not seen there.
+    """
     libvirt.registerErrorHandler(lambda _context, _error: None, None)
     for name in _FOLDERS:
         (folder / name).mkdir(parents=True)
-    # Debian's group of the same name may not exist for root.
-    group = "root" if user == "root" else "kvm"
     (folder / "etc/qemu.conf").write_text(
-        f'user = "{user}"\ngroup = "{group}"\nsecurity_default_confined = 0\nsecurity_driver = "none"\n'
-        'stdio_handler = "file"\nremember_owner = 0\ncgroup_controllers = []\nnamespaces = []\n'
+        'security_driver = "none"\nstdio_handler = "file"\nremember_owner = 0\n'
+        "cgroup_controllers = []\nnamespaces = []\n"
     )
     socket = folder / "run/libvirt-sock"
     (folder / "etc/libvirtd.conf").write_text('unix_sock_dir = "/run/libvirt"\nauth_unix_rw = "none"\n')
     mounts = "".join(f"mkdir -p {theirs}; mount --bind {folder / ours} {theirs}; " for ours, theirs in _FOLDERS.items())
     # The shell is the first process there: it waits for QEMUs that libvirtd left to it.
     script = f"set -e; {mounts} libvirtd -f /etc/libvirt/libvirtd.conf & wait"
-    words = ["unshare", "--mount", "--pid", "--fork", "--kill-child=KILL", "--mount-proc", "sh", "-c", script]
-    process = qemu.start(words, folder / "libvirtd.log")
+    words = ["unshare", "--mount", "--pid", "--fork", "--kill-child=KILL", "--mount-proc"]
+    process = qemu.start([*words, "sh", "-c", script], folder / "libvirtd.log")
     try:
         uri = f"qemu+unix:///system?socket={socket}"
         _wait_for(uri, process, folder / "libvirtd.log")
@@ -120,7 +128,7 @@ def _wait_for(uri: str, process: subprocess.Popen[bytes], log: Path) -> None:
 
 def define(uri: str, folder: Path, images: dict[str, Path], sizes: dict[str, int]) -> LibvirtMachine:
     """Define a machine with these disks by target name (``vda``); those in ``.raw`` are raw, others qcow2."""
-    name = f"ballast-lab-{os.getpid()}"
+    name = f"ballast-lab-{uuid.uuid4()}"
     domain = ElementTree.fromstring(
         f"<domain type='qemu'><name>{name}</name><memory unit='MiB'>16</memory>"
         "<os><type arch='x86_64' machine='q35'>hvm</type></os>"

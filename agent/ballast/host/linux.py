@@ -49,6 +49,12 @@ def punch_hole(fd: int, offset: int, bytes_: int) -> None:
         raise OSError(ctypes.get_errno(), f"fallocate: {os.strerror(ctypes.get_errno())}")
 
 
+def reserve(fd: int, bytes_: int) -> None:
+    """Take the room for the first bytes of a file, also beyond its end, which stays where it is. Blocks."""
+    if _libc.fallocate(fd, _KEEP_SIZE, 0, bytes_) != 0:
+        raise OSError(ctypes.get_errno(), f"fallocate: {os.strerror(ctypes.get_errno())}")
+
+
 def allocated_bytes(fd: int, offset: int, bytes_: int) -> int:
     """How much of a range is in memory: neither a hole nor swapped out. Whole pages.
 

@@ -27,10 +27,11 @@ async def describe_machine(domain: LibvirtDomain, folder: Path, tpm_state: Path 
     await to_its_end((folder / "domain.xml").write_text, running)
     if await domain.is_persistent():
         await to_its_end((folder / "domain-inactive.xml").write_text, await domain.xml(inactive=True))
-    await to_its_end(_copy_state, ElementTree.fromstring(running), folder, tpm_state)
+    await to_its_end(copy_state, ElementTree.fromstring(running), folder, tpm_state)
 
 
-def _copy_state(xml: ElementTree.Element, folder: Path, tpm_state: Path | None) -> None:
+def copy_state(xml: ElementTree.Element, folder: Path, tpm_state: Path | None) -> None:
+    """Copy the files that the machine's XML names; blocks. OSError, BackupFailed."""
     nvram = xml.find("./os/nvram")
     if nvram is not None:
         source = nvram.find("source")
@@ -38,13 +39,18 @@ def _copy_state(xml: ElementTree.Element, folder: Path, tpm_state: Path | None) 
         if not path:
             raise BackupFailed("the firmware's variables (nvram) are in no file of this host")
         shutil.copyfile(path, folder / "nvram")
-    if xml.find("./devices/tpm/backend[@type='emulator']") is not None:
-        source = xml.find("./devices/tpm/backend/source")
+    backend = xml.find("./devices/tpm/backend")
+    if backend is not None and (tpm_state or backend.get("type") == "emulator"):
+        source = backend.find("source")
         kept = source.get("path") if source is not None else None
         state = tpm_state or Path(kept or _TPM_STATES / xml.findtext("uuid", ""))
         if not state.exists():
             raise BackupFailed(f"{state}: the TPM's state is not there; set tpm-state for this machine")
         if state.is_dir():
-            shutil.copytree(state, folder / "tpm")
+            shutil.copytree(state, folder / "tpm", ignore=_without_sockets)
         else:
             shutil.copyfile(state, folder / "tpm")
+
+
+def _without_sockets(folder: str, names: list[str]) -> list[str]:
+    return [name for name in names if not (Path(folder, name).is_file() or Path(folder, name).is_dir())]

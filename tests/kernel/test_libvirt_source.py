@@ -6,12 +6,16 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
+from ballast.host.storage.backup import LiveBackup, Order, Teller
+from ballast.host.storage.catalog import Catalog
 from ballast.host.storage.libvirt_source import LibvirtSource
 from ballast.host.storage.source import BackupFailed
+from ballast.host.window import FreezePlan
 from ballast.wire.errors import Busy
 from tests.kernel.point_in_time import back_up, read
 from tests.lab.libvirt import LibvirtMachine, define, libvirt_daemon
@@ -296,3 +300,31 @@ async def test_what_a_machine_needs_is_described(machine: LibvirtMachine, folder
 async def test_a_machine_that_is_not_there_is_told(uri: str, folder: Path) -> None:
     with pytest.raises(BackupFailed, match="nobody: libvirt: Domain not found"):
         await LibvirtSource(f"{uri}/nobody", folder / "vm").survey(None)
+
+
+async def test_whole_backups_are_right(machine: LibvirtMachine, folder: Path) -> None:
+    held: dict[str, bytes] = {}
+
+    class Source(LibvirtSource):
+        async def cut(self) -> None:
+            nonlocal held
+            machine.scribble(3)
+            await super().cut()
+            held = machine.snapshot()
+            machine.scribble(10)
+
+    said: list[str] = []
+    quiet = Teller(said.append, lambda _what: nullcontext(), lambda _what, _total: nullcontext(lambda _bytes: None))
+    catalog = Catalog(folder / "backups", "lab")
+    for number in range(3):
+        source = Source(machine.target, folder / "fleece" / "vm")
+        order = Order("none", True, FreezePlan(), "retry", "libvirt", folder / "fleece")
+        made = await LiveBackup(source, catalog, order, quiet).make(None, None)  # type: ignore[arg-type]  # nothing is frozen
+        assert (made.kind, said) == ("incremental" if number else "full", [])
+        for image in made.images:
+            raw = folder / "restored.raw"
+            path = catalog.folder / made.id / image.file
+            subprocess.run(["qemu-img", "convert", "-O", "raw", str(path), str(raw)], check=True)
+            assert raw.read_bytes()[: image.bytes] == held[image.disk]
+        assert (catalog.folder / made.id / "machine" / "domain.xml").is_file()
+        assert_clean(machine, folder, made.id)

@@ -26,6 +26,7 @@ class FakeSystemd:
         self.cgroups = folder / "ballast.slice"
         self.runtime = folder / "run"
         self.started: list[tuple[str, str]] = []
+        self.is_killing_too_much = False  # whatever ends a writer ends its ExecStopPost= too
         self._threads: list[threading.Thread] = []
 
     async def start(self, name: str, properties: dict[str, Variant], stdio_fd: int) -> None:
@@ -51,10 +52,11 @@ class FakeSystemd:
         environment = {"PATH": os.environ["PATH"], "RUNTIME_DIRECTORY": str(runtime)}
         try:
             (start,) = properties["ExecStart"].value
-            status = self._run_one(start[1], environment, fd, cgroup)
+            status = self._run_one(_real(start[1]), environment, fd, cgroup)
             environment |= {"EXIT_CODE": "killed" if status < 0 else "exited", "EXIT_STATUS": str(abs(status))}
-            (stop,) = properties["ExecStopPost"].value
-            self._run_one(["/bin/sh", str(UNDO), *stop[1][1:]], environment, fd, cgroup)
+            if "ExecStopPost" in properties and not self.is_killing_too_much:
+                (stop,) = properties["ExecStopPost"].value
+                self._run_one(_real(stop[1]), environment, fd, cgroup)
         finally:
             os.close(fd)
             (cgroup / "cgroup.procs").unlink()
@@ -70,6 +72,11 @@ class FakeSystemd:
         (cgroup / "cgroup.procs").write_text("")
         _kill_group(process.pid)
         return status
+
+
+def _real(command: list[str]) -> list[str]:
+    """The script that undoes is where it is in the tree."""
+    return ["/bin/sh", str(UNDO), *command[1:]] if Path(command[0]).name == UNDO.name else command
 
 
 def _kill_group(pid: int) -> None:

@@ -93,6 +93,19 @@ async def settle(quiesce: Quiesce) -> None:
 MakeQuiesce = Callable[..., Quiesce]
 
 
+async def test_a_writer_is_undone_once_also_if_what_should_undo_it_is_killed_with_it(
+    scene: Scene, systemd: FakeSystemd, make_quiesce: MakeQuiesce, ext4: LoopFs
+) -> None:
+    systemd.is_killing_too_much = True
+    scene.add("app", LAX, freeze="sleep 60")
+    quiesce = make_quiesce(ext4, find_writers=scene.find)
+    begun, _ = await round_trip(quiesce)
+    await settle(quiesce)
+    assert [one.state for one in begun.writers] == ["timed-out"]
+    assert scene.told("app")[1:] == ["prepare", "freeze", "abort"]
+    assert list(scene.markers.iterdir()) == []
+
+
 async def test_a_writer_hears_everything_once_and_in_order(
     scene: Scene, make_quiesce: MakeQuiesce, ext4: LoopFs
 ) -> None:

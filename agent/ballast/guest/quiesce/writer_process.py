@@ -64,6 +64,7 @@ class WriterProcess:
         self._procs_fd = -1
         self._buffer = b""
         self._session: dict[str, Any] = {}
+        self._user = "root"
         self._is_suspect = False  # it may be doing what nobody waits for any more
         self._is_ended = False  # its process; the unit still has its ExecStopPost=
 
@@ -101,19 +102,22 @@ class WriterProcess:
         return answer
 
     async def force_abort(self, *, timeout_s: float) -> None:
-        """See ``Writer``. Killed if it has not ended, and then started again by its own unit."""
+        """See ``Writer``. Killed if it has not ended, and then started again by its own unit, or by a new one."""
         if not self._is_ended:
             kill(self._cgroup)
             await self._wait_for(self._hear_end(), _KILL_S, "it was killed, and systemd does not see it dead")
-        if self._sock is not None:
-            with contextlib.suppress(WriterEnded):
-                await self._send({"verdict": "undo"})
-            try:
-                await self._wait_for(self._hear_hangup(), timeout_s, f"its abort did not end within {timeout_s:g} s")
-            except WriterFailed:
-                kill(self._cgroup)
-                self._undone("abort")
-                raise
+        if self._sock is None:  # it ended without a word: whatever ended it has ended its ExecStopPost= as well
+            properties = self._properties(self._user)
+            properties["ExecStart"] = properties.pop("ExecStopPost")
+            await self._run(properties, time.monotonic() + timeout_s)
+        with contextlib.suppress(WriterEnded):
+            await self._send({"verdict": "undo"})
+        try:
+            await self._wait_for(self._hear_hangup(), timeout_s, f"its abort did not end within {timeout_s:g} s")
+        except WriterFailed:
+            kill(self._cgroup)
+            self._undone("abort")
+            raise
         self._undone("abort")
 
     def lifeline(self) -> tuple[int, int] | None:
@@ -151,22 +155,27 @@ class WriterProcess:
         return missing
 
     async def _identify(self, user: str, deadline_s: float) -> Description:
-        ours, theirs = socket.socketpair()
-        ours.setblocking(False)
-        self._sock = ours
-        with theirs:
-            await self._start_as(user, theirs.fileno(), deadline_s)
+        self._user = user
+        await self._run(self._properties(user), deadline_s)
         request = {"verb": "identify", "protocol": PROTOCOL, **self._session}
         answer = await self._exchange(request, deadline_s - time.monotonic())
         with contextlib.suppress(OSError):  # no unified hierarchy: it can only be hung up on
             self._procs_fd = os.open(self._cgroup / "cgroup.procs", os.O_RDONLY | os.O_CLOEXEC)
         return read_description({"user": user} | answer, self._session["config"])
 
-    async def _start_as(self, user: str, stdio_fd: int, deadline_s: float) -> None:
+    async def _run(self, properties: dict[str, Variant], deadline_s: float) -> None:
+        """Start the unit with a new socket to it."""
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        self._sock = ours
+        with theirs:
+            await self._start(properties, theirs.fileno(), deadline_s)
+
+    async def _start(self, properties: dict[str, Variant], stdio_fd: int, deadline_s: float) -> None:
         """Start the unit; one of an earlier session, or as another user, may still be leaving."""
         while True:
             try:
-                await self._start_unit(unit_of(self.name), self._properties(user), stdio_fd)
+                await self._start_unit(unit_of(self.name), properties, stdio_fd)
             except BusError as error:
                 if "UnitExists" not in str(error) or time.monotonic() + _RETRY_S >= deadline_s:
                     raise WriterFailed(f"cannot be started: {error}") from error

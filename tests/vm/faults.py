@@ -74,6 +74,12 @@ def summary(results: Iterable[Result]) -> str:
     return "\n".join(lines)
 
 
+def _shorten(text: str) -> str:
+    """What went wrong is at its beginning, and what the journal said last at its end."""
+    half = SAID_CHARS // 2
+    return text if len(text) <= SAID_CHARS else f"{text[:half]}\n...\n{text[-half:]}"
+
+
 def _failed(results: Iterable[Result]) -> int:
     return sum("failed" in result for result in results)
 
@@ -87,7 +93,7 @@ def run_until_lost(guest: Guest, todo: list[tuple[int, str]], labels: Result, un
         try:
             yield result | run_round(guest, kind, random.Random(f"{labels['seed']} {number} {kind}"))
         except RoundFailed as error:
-            yield result | {"failed": str(error)[:SAID_CHARS]}
+            yield result | {"failed": _shorten(str(error))}
         except (ConnectionError, TimeoutError, BootFailed) as error:
             if not is_known_crash(guest.dir):
                 yield result | {"failed": f"the guest is lost: {error!r}\n{guest.console_tail()}"}

@@ -10,13 +10,13 @@ from pathlib import Path
 
 from ballast.host import backup_view
 from ballast.host.config import Backups, Vm
-from ballast.host.machine import NotReclaimable
 from ballast.host.memory_verbs import finish
 from ballast.host.show import progress, progress_bar, put_json, put_tables, say
 from ballast.host.storage import backup, deadman
 from ballast.host.storage.backup import LiveBackup, Order, Teller
 from ballast.host.storage.catalog import Backup, Catalog
 from ballast.host.storage.deadman import DeadMan
+from ballast.host.storage.libvirt_source import LibvirtSource
 from ballast.host.storage.prune import plan_prune
 from ballast.host.storage.prune import prune as prune_backups
 from ballast.host.storage.qemu_source import QemuSource
@@ -63,9 +63,10 @@ def _order(args: argparse.Namespace) -> Order:
 
 def _source(args: argparse.Namespace) -> Source:
     settings: Backups = args.backups
-    if args.vm.libvirt:
-        raise NotReclaimable(f"{args.vm.libvirt} is libvirt's: backups of its machines are not there yet")
+    vm: Vm = args.vm
     fleece = settings.fleece / _catalog(args).folder.name
+    if vm.libvirt:
+        return LibvirtSource(vm.libvirt, fleece, vm.tpm_state)
     return QemuSource(args.qmp, fleece, settings.fleece_timeout_s)
 
 

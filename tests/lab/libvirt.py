@@ -85,8 +85,8 @@ class LibvirtMachine(Played):
 
 
 @contextmanager
-def libvirt_daemon(folder: Path) -> Iterator[str]:
-    """Start a libvirtd, whose QEMUs run as the user of the distribution's choice; its URI.
+def libvirt_daemon(folder: Path, user: str | None = None) -> Iterator[str]:
+    """Start a libvirtd, whose QEMUs run as ``user``, else as the one of the distribution's choice; its URI.
 
     All of it is killed at the end. What is mounted later is not seen there.
     """
@@ -95,7 +95,7 @@ def libvirt_daemon(folder: Path) -> Iterator[str]:
         (folder / name).mkdir(parents=True)
     (folder / "etc/qemu.conf").write_text(
         'security_driver = "none"\nstdio_handler = "file"\nremember_owner = 0\n'
-        "cgroup_controllers = []\nnamespaces = []\n"
+        "cgroup_controllers = []\nnamespaces = []\n" + (f'user = "{user}"\ngroup = "{user}"\n' if user else "")
     )
     socket = folder / "run/libvirt-sock"
     (folder / "etc/libvirtd.conf").write_text('unix_sock_dir = "/run/libvirt"\nauth_unix_rw = "none"\n')

@@ -1,4 +1,4 @@
-"""What a guest notices of backups that go well, and of those that do not: python -m tests.vm.backup_trials KIND [--count N].
+"""What a guest notices of backups, good ones and bad: python -m tests.vm.backup_trials KIND [--count N] ...
 
     windows     backups one after the other, full and incremental: how long the guest stood still for each
     killed      `ballastctl backup create --incremental` is killed at a moment that the seed decides
@@ -25,6 +25,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,20 @@ STALL_MAX_S = 1.0
 WINDOW_MAX_S = 0.5  # of 95 of 100
 TIMEOUT_S = 300.0
 STALL_S = 10.0
+TARGET_BYTES = 8 << 30
+
+
+@contextmanager
+def target() -> Iterator[Path]:
+    """A folder, in which backups go to a file system of their own: it can be filled up, and nobody else suffers."""
+    with tempfile.TemporaryDirectory(prefix="ballast-backups-") as name:
+        backups = Path(name, "backups")
+        backups.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={TARGET_BYTES}", "tmpfs", str(backups)], check=True)
+        try:
+            yield Path(name)
+        finally:
+            subprocess.run(["umount", "-l", str(backups)], check=True)
 
 
 class Trial:
@@ -147,8 +163,9 @@ class Trial:
         return max(longest_gap_s([*times, now_s], since_s, now_s) for times in read_times(self.guest))
 
 
-def harmed(trial: Trial, harm: Callable[[], str], count: int) -> Iterator[Result]:
+def harmed(trial: Trial, count: int, kind: str) -> Iterator[Result]:
     """So many trials of one kind."""
+    harm: Callable[[], str] = getattr(trial, kind)
     trial.make()
     trial.make("--incremental")
     for number in range(count):
@@ -184,17 +201,14 @@ def main() -> int:
     parser.add_argument("kind", choices=["windows", "killed", "full", "stalled"])
     parser.add_argument("--count", type=int, default=10)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--folder", type=Path, help="where the backups go (default: a new one)")
     options = parser.parse_args()
     results = []
-    with boot("trixie") as guest, tempfile.TemporaryDirectory(prefix="ballast-backups-", dir=options.folder) as name:
+    with boot("trixie") as guest, target() as folder:
         start_writers(guest)
-        trial = Trial(guest, Path(name), options.seed)
+        trial = Trial(guest, folder, options.seed)
         kind = options.kind
-        made = (
-            windows(trial, options.count) if kind == "windows" else harmed(trial, getattr(trial, kind), options.count)
-        )
-        for result in made:
+        run = windows if kind == "windows" else partial(harmed, kind=kind)
+        for result in run(trial, options.count):
             results.append(result)
             sys.stdout.write(json.dumps({"kind": kind, **result}) + "\n")
             sys.stdout.flush()

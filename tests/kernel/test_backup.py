@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -47,6 +48,7 @@ class Lab:
         self.said: list[str] = []
         self.held: dict[str, dict[str, bytes]] = {}
         self.at_cut: dict[str, bytes] = {}
+        self.before_finish: Callable[[], object] = lambda: None
 
     async def make(self, *, incremental: bool) -> Backup:
         """One backup, the guest writing all the time."""
@@ -58,6 +60,10 @@ class Lab:
                 await super().cut()
                 lab.at_cut = lab.machine.snapshot()
                 lab.machine.scribble(10)
+
+            async def finish(self, *, keep: bool) -> None:
+                lab.before_finish()
+                await super().finish(keep=keep)
 
         fleece = self.folder / "fleece"
         source = Source(str(self.machine.qmp), fleece / "lab", 5)
@@ -141,10 +147,12 @@ async def test_a_target_that_runs_full_costs_the_backup_and_nothing_else(lab: La
 
 async def test_an_interrupted_backup_leaves_nothing_and_the_next_increment_is_right(lab: Lab) -> None:
     await lab.make(incremental=False)
-    for delay_s in (0.0, 0.05, 0.1, 0.2, 0.3, 0.4):
+    for delay_s in itertools.count(step=0.04):  # from the first step to the last, however fast this machine is
         work = asyncio.ensure_future(lab.make(incremental=True))
-        await asyncio.sleep(delay_s)
-        work.cancel()
+        await asyncio.wait({work}, timeout=delay_s)
+        if not work.cancel():
+            lab.assert_right(await work)
+            break
         with contextlib.suppress(asyncio.CancelledError):
             await work
         lab.assert_nothing_left()
@@ -152,6 +160,15 @@ async def test_an_interrupted_backup_leaves_nothing_and_the_next_increment_is_ri
     made = await lab.make(incremental=True)
     assert made.kind == "incremental"
     lab.assert_right(made)
+
+
+async def test_an_interruption_while_it_cleans_up_leaves_nothing_either(lab: Lab) -> None:
+    work = asyncio.ensure_future(lab.make(incremental=False))
+    lab.before_finish = work.cancel
+    with pytest.raises(asyncio.CancelledError):
+        await work
+    lab.assert_nothing_left()
+    assert len(lab.catalog.backups()) == 1
 
 
 async def test_what_is_restored_is_what_was_held_and_nothing_is_overwritten(lab: Lab, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from ballast.host.storage.cut import Connect, Cut, cut_frozen, cut_running
 from ballast.host.storage.deadman import DeadMan
 from ballast.host.storage.limits import slot
 from ballast.host.storage.source import BackupFailed, Disk, Export, Source
-from ballast.host.storage.threads import to_its_end
+from ballast.host.storage.threads import to_its_end, undisturbed
 from ballast.host.window import FreezePlan
 from ballast.wire.errors import AgentError
 
@@ -117,7 +117,7 @@ class LiveBackup:
             with self._teller.working("checking in"):
                 made = await to_its_end(self._catalog.commit, backup, copied)
         finally:
-            await self._finish(new)
+            await undisturbed(self._finish(new))
         return made
 
     async def _survey(self) -> tuple[Backup | None, str | None, Sequence[Disk]]:

@@ -102,6 +102,8 @@ class _Copy:
         if self.is_stopped.is_set():
             raise Stopped
         client = nbd.NBD()
+        # A disk of QEMU's may end within a sector, also where the target is encrypted; QEMU completes it.
+        client.set_strict_mode(client.get_strict_mode() & ~nbd.STRICT_ALIGN)
         client.set_export_name(name)
         for context in filter(None, contexts):
             client.add_meta_context(context)

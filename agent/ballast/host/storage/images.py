@@ -129,7 +129,7 @@ async def serve(path: Path, *, depth: int = 1, key_file: Path | None = None) -> 
         words = ["--socket", str(socket), "--pid-file", str(pid_file), "--discard=unmap", *_secret(key_file)]
         process = await _start("qemu-nbd", *words, "--image-opts", _open(path, depth, key_file))
         try:
-            async with asyncio.timeout(_START_S):
+            async with asyncio.timeout(_START_S * depth):  # to open an encrypted one takes seconds
                 while not _is_there(pid_file):
                     if process.returncode is not None:
                         raise BackupFailed(f"{path}: {(await _finish(process, None))[1]}")

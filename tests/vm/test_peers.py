@@ -22,6 +22,7 @@ from tests.vm.unit import configured, usage
 PEERS, PINGS, FIRST_PINGS = 10, 10_000, 1_000
 MAX_GROWTH_BYTES = 1 << 20
 PROMPT_S = 2.0
+TIDIED_S = 2.0
 DEADLINE_S = 60.0
 GARBAGE_LINES, BATCH_LINES = 1500, 50
 
@@ -62,11 +63,12 @@ async def ping_from_many(target: str, count: int) -> float:
 
 
 def wait_alone(target: str) -> None:
-    """Wait until nobody but ourselves is connected."""
+    """Wait until nobody but ourselves is connected, and then until what the others left is given back."""
     deadline_s = time.monotonic() + DEADLINE_S
     with Raw(target) as raw:
         while raw.ask("ballast-agent-status")["return"]["peers"] > 1:
             assert time.monotonic() < deadline_s, "peers that have gone are still counted"
+    time.sleep(TIDIED_S)
 
 
 async def test_many_pipelined_pings_leave_neither_memory_nor_descriptors_behind(

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 from ballast.guest.dispatch import Table
+from ballast.guest.linux import malloc
 from ballast.wire.message import LINE_LIMIT_BYTES, Decoder, Event
 
 log = logging.getLogger(__name__)
 
 _READ_BYTES = 1 << 16
+_TIDY_S = 1.0
 _FAIR_SHARE = 32  # quick requests in a row, before the other peers are looked at
 
 
@@ -124,6 +127,7 @@ class Peers:
         self._bounds = bounds
         self._most = most
         self._peers: set[Peer] = set()
+        self._tidying: asyncio.TimerHandle | None = None
 
     def __len__(self) -> int:
         """How many are connected."""
@@ -153,3 +157,11 @@ class Peers:
             await peer.serve()
         finally:
             self._peers.discard(peer)
+            if self._tidying is None:
+                self._tidying = asyncio.get_running_loop().call_later(_TIDY_S, self._tidy)
+
+    def _tidy(self) -> None:
+        """Give back what those who went have left: cycles of theirs would wait long for so idle a process."""
+        self._tidying = None
+        gc.collect()
+        malloc.trim()

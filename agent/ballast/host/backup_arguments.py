@@ -96,7 +96,7 @@ def _add_restore(parser: argparse.ArgumentParser) -> None:
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--filesystems", action="store_true", help="mount copies of its file systems and check them, as root"
+        "--filesystems", action="store_true", help="check its file systems too, in a throw-away machine (libguestfs)"
     )
 
 

@@ -16,6 +16,7 @@ from ballast.host.storage import backup, deadman
 from ballast.host.storage.backup import LiveBackup, Order, Teller
 from ballast.host.storage.catalog import Backup, Catalog
 from ballast.host.storage.deadman import DeadMan
+from ballast.host.storage.filesystems import check_filesystems
 from ballast.host.storage.libvirt_source import LibvirtSource
 from ballast.host.storage.prune import plan_prune
 from ballast.host.storage.prune import prune as prune_backups
@@ -132,11 +133,17 @@ def _find(args: argparse.Namespace) -> list[Backup]:
 async def verify(args: argparse.Namespace, connect: Connect) -> int:
     """Read a backup and all that it takes, and compare."""
     chain = await asyncio.to_thread(_find, args)
-    wrong = await verify_chain(_catalog(args).folder, chain, key_file=_key_file(args), bar=progress_bar)
+    place, key_file, filesystems = _catalog(args).folder, _key_file(args), None
+    wrong = await verify_chain(place, chain, key_file=key_file, bar=progress_bar)
+    if args.filesystems and not wrong:
+        with progress("looking at the file systems"):
+            filesystems = await check_filesystems(place, chain, key_file)
+        wrong = [f"{one.name} ({one.type}): {one.wrong}" for one in filesystems if one.wrong]
     if args.json:
-        put_json({"backup": chain[-1].id, "chain": [one.id for one in chain], "wrong": wrong})
+        ids = [one.id for one in chain]
+        put_json({"backup": ids[-1], "chain": ids, "wrong": wrong, "filesystems": filesystems})
     else:
-        put_tables(backup_view.verify_tables(chain, wrong))
+        put_tables(backup_view.verify_tables(chain, wrong, filesystems))
     return Exit.FAILED if wrong else Exit.DONE
 
 

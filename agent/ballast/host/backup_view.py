@@ -8,6 +8,7 @@ from pathlib import Path
 from ballast.host.quantity import format_ms, format_size
 from ballast.host.show import Table
 from ballast.host.storage.catalog import Backup
+from ballast.host.storage.filesystems import FilesystemCheck
 from ballast.host.storage.retention import Plan
 
 
@@ -61,10 +62,16 @@ def repair_tables(said: Sequence[str]) -> list[Table]:
     return [Table("Repaired", [(sentence,) for sentence in said] or [("nothing was left",)], ("",))]
 
 
-def verify_tables(chain: Sequence[Backup], wrong: Sequence[str]) -> list[Table]:
-    """What was found."""
+def verify_tables(
+    chain: Sequence[Backup], wrong: Sequence[str], filesystems: Sequence[FilesystemCheck] | None
+) -> list[Table]:
+    """What was found; None: nobody looked at the file systems."""
     about = [("needs", ", ".join(one.id for one in chain)), ("verdict", "damaged" if wrong else "whole")]
-    return [Table(f"Backup {chain[-1].id} of {chain[-1].vm}", [*about, *(("wrong", one) for one in wrong)])]
+    tables = [Table(f"Backup {chain[-1].id} of {chain[-1].vm}", [*about, *(("wrong", one) for one in wrong)])]
+    if filesystems is not None:
+        rows = [(one.name, one.type, "damaged" if one.wrong else one.skipped or "clean") for one in filesystems]
+        tables.append(Table("File systems", rows, ("where", "type", "verdict")))
+    return tables
 
 
 def restore_tables(backup: Backup, made: Sequence[Path]) -> list[Table]:

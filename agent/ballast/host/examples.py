@@ -120,8 +120,8 @@ examples:
   ballastctl backup verify web1
   ballastctl backup verify web1 --filesystems
 
-All of the chain is read: checksums, the images' own structure and, as root, with --filesystems, copies of the file
-systems as the guest would find them."""
+All of the chain is read: checksums and the images' own structure. With --filesystems a throw-away machine mounts each
+file system as the guest would find it, and checks it (package python3-guestfs; for XFS, libguestfs-xfs too)."""
 
 BACKUP_RESTORE = """\
 examples:

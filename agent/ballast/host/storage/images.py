@@ -65,7 +65,7 @@ async def read_info(path: Path) -> ImageInfo:
 async def check(path: Path, *, depth: int = 1, key_file: Path | None = None) -> str | None:
     """What is wrong with an image's own structure, None if nothing; ``depth`` is the length of its chain."""
     words = ["check", "--output=json", *_secret(key_file), "--image-opts", _open(path, depth, key_file)]
-    process = await _start("qemu-img", *words)
+    process = await start("qemu-img", *words)
     said = await _finish(process, None)
     if process.returncode == 0:
         return None
@@ -84,7 +84,7 @@ async def convert(
     Takes as long as it takes. ``to`` must not exist; its blocks are on the disk when this is done.
     """
     source = ["--image-opts", *_secret(key_file), _open(path, depth, key_file)]
-    process = await _start("qemu-img", "convert", "-p", "-W", "-t", "writeback", "-O", format_, *source, _place(to))
+    process = await start("qemu-img", "convert", "-p", "-W", "-t", "writeback", "-O", format_, *source, _place(to))
     said = await _finish(process, advance)
     if process.returncode != 0:
         raise BackupFailed(f"{to}: {said[1]}")
@@ -93,7 +93,7 @@ async def convert(
 async def rebase(path: Path, onto: str | None, advance: Callable[[float], None]) -> None:
     """Have an image take in what lies between it and ``onto``, its base from then on. BackupFailed; not crash-safe."""
     new = ["-b", onto, "-F", "qcow2"] if onto else ["-b", ""]
-    process = await _start("qemu-img", "rebase", "-p", "-f", "qcow2", *new, _place(path))
+    process = await start("qemu-img", "rebase", "-p", "-f", "qcow2", *new, _place(path))
     said = await _finish(process, advance)
     if process.returncode != 0:
         raise BackupFailed(f"{path}: {said[1]}")
@@ -105,7 +105,7 @@ async def rewrite(
     """Write all of an encrypted image, with what it is based on, into another one that is there. BackupFailed."""
     source, target = _open(path, depth, key_file), _open(to, to_depth, key_file)
     words = ["-p", "-n", *_secret(key_file), "--target-image-opts", "--image-opts", source, target]
-    process = await _start("qemu-img", "convert", *words)
+    process = await start("qemu-img", "convert", *words)
     said = await _finish(process, advance)
     if process.returncode != 0:
         raise BackupFailed(f"{to}: {said[1]}")
@@ -113,7 +113,7 @@ async def rewrite(
 
 async def is_in_use(path: Path, format_: Format) -> bool:
     """Whether another QEMU has locked an image. BackupFailed."""
-    process = await _start("qemu-img", "info", "-f", format_, _place(path))
+    process = await start("qemu-img", "info", "-f", format_, _place(path))
     said = await _finish(process, None)
     return process.returncode != 0 and "lock" in said[1]
 
@@ -124,24 +124,47 @@ async def serve(path: Path, *, depth: int = 1, key_file: Path | None = None) -> 
 
     It ends when that client has gone; left otherwise, it is killed. BackupFailed.
     """
-    with tempfile.TemporaryDirectory(prefix="ballast-") as folder:
-        socket, pid_file = Path(folder, "nbd"), Path(folder, "pid")
-        words = ["--socket", str(socket), "--pid-file", str(pid_file), "--discard=unmap", *_secret(key_file)]
-        process = await _start("qemu-nbd", *words, "--image-opts", _open(path, depth, key_file))
+    async with _serving(path, depth, key_file, "--discard=unmap") as (process, socket):
+        yield socket
         try:
-            async with asyncio.timeout(_START_S * depth):  # to open an encrypted one takes seconds
-                while not _is_there(pid_file):
-                    if process.returncode is not None:
-                        raise BackupFailed(f"{path}: {(await _finish(process, None))[1]}")
-                    await asyncio.sleep(0.01)
-            yield socket
             async with asyncio.timeout(_END_S):
                 if await process.wait() != 0:
                     raise BackupFailed(f"{path}: {(await _finish(process, None))[1]}")
         except TimeoutError as error:
             raise BackupFailed(f"{path}: the program that writes it hangs") from error
+
+
+@contextlib.asynccontextmanager
+async def show(path: Path, *, depth: int = 1, key_file: Path | None = None) -> AsyncIterator[Path]:
+    """Have an image read over NBD, by clients of our own user, on the UNIX socket that this yields. BackupFailed."""
+    async with _serving(path, depth, key_file, "--read-only", "--persistent", "--shared=0") as (_process, socket):
+        yield socket
+
+
+@contextlib.asynccontextmanager
+async def _serving(
+    path: Path, depth: int, key_file: Path | None, *options: str
+) -> AsyncIterator[tuple[asyncio.subprocess.Process, Path]]:
+    with tempfile.TemporaryDirectory(prefix="ballast-") as folder:
+        socket, pid_file = Path(folder, "nbd"), Path(folder, "pid")
+        words = ["--socket", str(socket), "--pid-file", str(pid_file), *options, *_secret(key_file)]
+        process = await start("qemu-nbd", *words, "--image-opts", _open(path, depth, key_file))
+        try:
+            await _wait_ready(process, path, pid_file, _START_S * depth)  # to open an encrypted one takes seconds
+            yield process, socket
         finally:
-            await _kill(process)
+            await kill(process)
+
+
+async def _wait_ready(process: asyncio.subprocess.Process, path: Path, pid_file: Path, patience_s: float) -> None:
+    try:
+        async with asyncio.timeout(patience_s):
+            while not _is_there(pid_file):
+                if process.returncode is not None:
+                    raise BackupFailed(f"{path}: {(await _finish(process, None))[1]}")
+                await asyncio.sleep(0.01)
+    except TimeoutError as error:
+        raise BackupFailed(f"{path}: the program that serves it hangs") from error
 
 
 def _open(path: Path, depth: int, key_file: Path | None) -> str:
@@ -170,7 +193,7 @@ def _secret(key_file: Path | None) -> list[str]:
 
 
 async def _qemu_img(*words: str) -> str:
-    process = await _start("qemu-img", *words)
+    process = await start("qemu-img", *words)
     try:
         async with asyncio.timeout(QUICK_S):
             out, said = await _finish(process, None)
@@ -181,7 +204,8 @@ async def _qemu_img(*words: str) -> str:
     return out
 
 
-async def _start(*argv: str) -> asyncio.subprocess.Process:
+async def start(*argv: str) -> asyncio.subprocess.Process:
+    """Start a program that dies with us, with pipes for what it says. BackupFailed if it is not installed."""
     pipe = asyncio.subprocess.PIPE
     try:
         return await asyncio.create_subprocess_exec(
@@ -205,7 +229,7 @@ async def _finish(process: asyncio.subprocess.Process, advance: Callable[[float]
         await process.wait()
         return out.decode(errors="replace"), (await errors).decode(errors="replace").strip()[-_SAID_CHARS:]
     finally:
-        await _kill(process)
+        await kill(process)
 
 
 def _tell(piece: bytes, advance: Callable[[float], None] | None) -> None:
@@ -214,7 +238,7 @@ def _tell(piece: bytes, advance: Callable[[float], None] | None) -> None:
             advance(float(piece.rpartition(b"(")[2].partition(b"/")[0]) / 100)
 
 
-async def _kill(process: asyncio.subprocess.Process) -> None:
+async def kill(process: asyncio.subprocess.Process) -> None:
     """See that it ends; one that waits for a dead target in the kernel is left to that."""
     if process.returncode is None:
         process.kill()

@@ -14,6 +14,7 @@ import pytest
 from ballast.host.storage.backup import LiveBackup, Order, Teller
 from ballast.host.storage.catalog import Catalog
 from ballast.host.storage.libvirt_source import LibvirtSource
+from ballast.host.storage.shape import read_shape
 from ballast.host.storage.source import BackupFailed
 from ballast.host.window import FreezePlan
 from ballast.wire.errors import Busy
@@ -292,7 +293,10 @@ async def test_what_a_machine_needs_is_described(machine: LibvirtMachine, folder
     source = source_of(machine, folder)
     (told := folder / "machine").mkdir()
     await source.describe(told)
-    assert sorted(path.name for path in told.iterdir()) == ["domain-inactive.xml", "domain.xml"]
+    assert sorted(path.name for path in told.iterdir()) == ["domain-inactive.xml", "domain.xml", "shape.json"]
+    shape = read_shape(told)
+    assert shape.machine_type.startswith("pc-q35-")
+    assert {disk.name: disk.bus for disk in shape.disks} == dict.fromkeys(machine.held, "virtio")
     assert "machine='pc-q35-" in (told / "domain.xml").read_text()
     await source.finish(keep=False)
 

@@ -1,5 +1,6 @@
 """Points in time of a real QEMU, whose guest is this test: what is served equals what the disks held at the cut."""
 
+import json
 import os
 import subprocess
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ import nbd
 import pytest
 
 from ballast.host.storage.qemu_source import QemuSource
+from ballast.host.storage.shape import read_shape
 from tests.kernel.point_in_time import back_up, read
 from tests.lab.still_machine import StillMachine, still_machine
 
@@ -198,3 +200,34 @@ async def test_an_nbd_server_of_somebody_elses_is_left_alone(machine: StillMachi
     await source.finish(keep=False)
     assert_clean(machine, folder, None)
     assert [one["id"] for one in machine.ask("query-block-exports")] == ["theirs"]
+
+
+@pytest.mark.parametrize("style", ["drive", "node"])
+async def test_what_a_machine_needs_is_kept_and_its_firmware_is_no_disk(folder: Path, style: str) -> None:
+    code, variables = folder / "code.fd", folder / "vars.fd"
+    for path in (code, variables):
+        path.write_bytes(path.name.encode().ljust(256 << 10, b"\0"))
+    arguments = {
+        "drive": [
+            *("-drive", f"if=pflash,format=raw,readonly=on,file={code}"),
+            *("-drive", f"if=pflash,format=raw,file={variables}"),
+        ],
+        "node": [
+            *("-blockdev", f"driver=raw,node-name=code,read-only=on,file.driver=file,file.filename={code}"),
+            *("-blockdev", f"driver=raw,node-name=vars,file.driver=file,file.filename={variables}"),
+            *("-machine", "pflash0=code,pflash1=vars"),
+        ],
+    }[style]
+    held = {name: bytearray(bytes_) for name, bytes_ in SIZES.items()}
+    with still_machine(folder / "qemu", make_images(folder), held, arguments) as machine:
+        source = source_of(machine, folder)
+        assert [disk.name for disk in await source.survey(None)] == [*SIZES]
+        (told := folder / "machine").mkdir()
+        await source.describe(told)
+        await source.finish(keep=False)
+    assert (told / "firmware-0").read_bytes() == variables.read_bytes()
+    assert "qemu-system-x86_64" in json.loads((told / "machine.json").read_text())["command-line"][0]
+    shape = read_shape(told)
+    assert shape.machine_type.startswith("pc-q35-")
+    assert (shape.firmware, shape.is_accelerated, shape.kernel) == (str(code), False, None)
+    assert [(disk.name, disk.bus) for disk in shape.disks] == [(name, "virtio") for name in SIZES]

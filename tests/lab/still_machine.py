@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,13 +93,15 @@ class StillMachine(Played):
 
 
 @contextmanager
-def still_machine(folder: Path, disks: dict[str, Path], held: dict[str, bytearray]) -> Iterator[StillMachine]:
+def still_machine(
+    folder: Path, disks: dict[str, Path], held: dict[str, bytearray], arguments: Sequence[str] = ()
+) -> Iterator[StillMachine]:
     """Start a QEMU on these images, killed at the end; disks in ``.raw`` are raw, others qcow2."""
     folder.mkdir(exist_ok=True)
     (qmp := folder / "qmp").unlink(missing_ok=True)
     argv = ["qemu-system-x86_64", "-machine", "q35,accel=tcg", "-m", "16", "-display", "none", "-nodefaults", "-S"]
     argv += ["-chardev", f"socket,id=qmp,path={qmp},server=on,wait=off", "-mon", "chardev=qmp,mode=control"]
-    argv += ["-object", "iothread,id=io"]
+    argv += ["-object", "iothread,id=io", *arguments]
     for number, (name, image) in enumerate(disks.items()):
         driver = "raw" if image.suffix == ".raw" else "qcow2"
         file = f"file.driver=file,file.filename={image}"

@@ -98,6 +98,9 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--filesystems", action="store_true", help="check its file systems too, in a throw-away machine (libguestfs)"
     )
+    parser.add_argument(
+        "--boot", action="store_true", help="boot it too, in a throw-away machine, until its agent answers"
+    )
 
 
 def _add_prune(parser: argparse.ArgumentParser) -> None:

@@ -12,7 +12,7 @@ from ballast.host import backup_view
 from ballast.host.config import Backups, Vm
 from ballast.host.memory_verbs import finish
 from ballast.host.show import progress, progress_bar, put_json, put_tables, say
-from ballast.host.storage import backup, deadman
+from ballast.host.storage import backup, deadman, trial
 from ballast.host.storage.backup import LiveBackup, Order, Teller
 from ballast.host.storage.catalog import Backup, Catalog
 from ballast.host.storage.deadman import DeadMan
@@ -133,17 +133,21 @@ def _find(args: argparse.Namespace) -> list[Backup]:
 async def verify(args: argparse.Namespace, connect: Connect) -> int:
     """Read a backup and all that it takes, and compare."""
     chain = await asyncio.to_thread(_find, args)
-    place, key_file, filesystems = _catalog(args).folder, _key_file(args), None
+    place, key_file, filesystems, booted = _catalog(args).folder, _key_file(args), None, None
     wrong = await verify_chain(place, chain, key_file=key_file, bar=progress_bar)
     if args.filesystems and not wrong:
         with progress("looking at the file systems"):
             filesystems = await check_filesystems(place, chain, key_file)
         wrong = [f"{one.name} ({one.type}): {one.wrong}" for one in filesystems if one.wrong]
+    if args.boot and not wrong:
+        with progress("booting it on trial"):
+            booted = await trial.boot(place, chain, key_file)
+        wrong = [booted.wrong] if booted.wrong else []
     if args.json:
         ids = [one.id for one in chain]
-        put_json({"backup": ids[-1], "chain": ids, "wrong": wrong, "filesystems": filesystems})
+        put_json({"backup": ids[-1], "chain": ids, "wrong": wrong, "filesystems": filesystems, "boot": booted})
     else:
-        put_tables(backup_view.verify_tables(chain, wrong, filesystems))
+        put_tables(backup_view.verify_tables(chain, wrong, filesystems, booted))
     return Exit.FAILED if wrong else Exit.DONE
 
 

@@ -10,6 +10,7 @@ from ballast.host.show import Table
 from ballast.host.storage.catalog import Backup
 from ballast.host.storage.filesystems import FilesystemCheck
 from ballast.host.storage.retention import Plan
+from ballast.host.storage.trial import Trial
 
 
 def is_partial(backup: Backup) -> bool:
@@ -63,10 +64,12 @@ def repair_tables(said: Sequence[str]) -> list[Table]:
 
 
 def verify_tables(
-    chain: Sequence[Backup], wrong: Sequence[str], filesystems: Sequence[FilesystemCheck] | None
+    chain: Sequence[Backup], wrong: Sequence[str], filesystems: Sequence[FilesystemCheck] | None, booted: Trial | None
 ) -> list[Table]:
-    """What was found; None: nobody looked at the file systems."""
+    """What was found; None: nobody looked at the file systems, it was not booted."""
     about = [("needs", ", ".join(one.id for one in chain)), ("verdict", "damaged" if wrong else "whole")]
+    if booted and booted.agent:
+        about.append(("boot", f"its agent, {booted.agent}, answered after {booted.boot_s:.0f} s"))
     tables = [Table(f"Backup {chain[-1].id} of {chain[-1].vm}", [*about, *(("wrong", one) for one in wrong)])]
     if filesystems is not None:
         rows = [(one.name, one.type, "damaged" if one.wrong else one.skipped or "clean") for one in filesystems]

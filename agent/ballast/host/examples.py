@@ -118,10 +118,11 @@ examples:
 BACKUP_VERIFY = """\
 examples:
   ballastctl backup verify web1
-  ballastctl backup verify web1 --filesystems
+  ballastctl backup verify web1 --filesystems --boot
 
 All of the chain is read: checksums and the images' own structure. With --filesystems a throw-away machine mounts each
-file system as the guest would find it, and checks it (package python3-guestfs; for XFS, libguestfs-xfs too)."""
+file system as the guest would find it, and checks it (package python3-guestfs; for XFS, libguestfs-xfs too). With
+--boot one runs from it without a network, changing nothing, until the guest's agent answers."""
 
 BACKUP_RESTORE = """\
 examples:

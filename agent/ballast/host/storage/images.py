@@ -44,7 +44,7 @@ async def create(path: Path, bytes_: int, *, backing: str | None = None, key_fil
     if key_file:
         options += ["encrypt.format=luks", f"encrypt.key-secret={_KEY}"]
     if backing:
-        options += [f"backing_file={_escape(backing)}", "backing_fmt=qcow2"]
+        options += [f"backing_file={escape(backing)}", "backing_fmt=qcow2"]
     words = ["create", "-q", "-f", "qcow2", "-u", *_secret(key_file)]
     words += ["-o", ",".join(options)] if options else []
     await _qemu_img(*words, _place(path), str(bytes_))
@@ -169,7 +169,7 @@ async def _wait_ready(process: asyncio.subprocess.Process, path: Path, pid_file:
 
 def _open(path: Path, depth: int, key_file: Path | None) -> str:
     """Name an image; the key is the same for all it is based on."""
-    words = ["driver=qcow2", f"file.filename={_escape(_place(path))}"]
+    words = ["driver=qcow2", f"file.filename={escape(_place(path))}"]
     if key_file:
         words += [f"{'backing.' * level}encrypt.key-secret={_KEY}" for level in range(depth)]
     return ",".join(words)
@@ -184,12 +184,13 @@ def _is_there(path: Path) -> bool:
     return path.exists()
 
 
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
+    """Make of a text the value of one of QEMU's options."""
     return text.replace(",", ",,")
 
 
 def _secret(key_file: Path | None) -> list[str]:
-    return ["--object", f"secret,id={_KEY},file={_escape(str(key_file.absolute()))}"] if key_file else []
+    return ["--object", f"secret,id={_KEY},file={escape(str(key_file.absolute()))}"] if key_file else []
 
 
 async def _qemu_img(*words: str) -> str:
@@ -212,7 +213,7 @@ async def start(*argv: str) -> asyncio.subprocess.Process:
             *("setpriv", "--pdeathsig", "KILL", "--"), *argv, stdin=asyncio.subprocess.DEVNULL, stdout=pipe, stderr=pipe
         )
     except FileNotFoundError as error:
-        raise BackupFailed(f"this needs {argv[0]} (package qemu-utils), which is not installed") from error
+        raise BackupFailed(f"this needs {argv[0]}, which is not installed") from error
 
 
 async def _finish(process: asyncio.subprocess.Process, advance: Callable[[float], None] | None) -> tuple[str, str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from ballast.host.storage.libvirt_domain import LibvirtDomain
+from ballast.host.storage.shape import shape_of_libvirt, write_shape
 from ballast.host.storage.source import BackupFailed
 from ballast.host.storage.threads import to_its_end
 
@@ -27,7 +28,9 @@ async def describe_machine(domain: LibvirtDomain, folder: Path, tpm_state: Path 
     await to_its_end((folder / "domain.xml").write_text, running)
     if await domain.is_persistent():
         await to_its_end((folder / "domain-inactive.xml").write_text, await domain.xml(inactive=True))
-    await to_its_end(copy_state, ElementTree.fromstring(running), folder, tpm_state)
+    xml = ElementTree.fromstring(running)
+    await to_its_end(write_shape, folder, shape_of_libvirt(xml, [disk.name for disk in await domain.disks()]))
+    await to_its_end(copy_state, xml, folder, tpm_state)
 
 
 def copy_state(xml: ElementTree.Element, folder: Path, tpm_state: Path | None) -> None:

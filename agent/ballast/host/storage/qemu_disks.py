@@ -74,13 +74,12 @@ def _chain(stats: Mapping[str, Any]) -> list[str]:
 
 def _is_disk(block: Mapping[str, Any]) -> bool:
     inserted = block.get("inserted")
-    return bool(
-        inserted
-        and "qdev" in block
-        and not block["removable"]
-        and not inserted["ro"]
-        and not block["device"].startswith("pflash")
-    )
+    return bool(inserted and "qdev" in block and not block["removable"] and not inserted["ro"] and not is_flash(block))
+
+
+def is_flash(block: Mapping[str, Any]) -> bool:
+    """Whether it holds the firmware or its variables. By the device: a drive has a name there, a node has none."""
+    return str(block.get("qdev", "")).startswith("/machine/system.flash")
 
 
 def _disk(block: Mapping[str, Any], chain: Sequence[str], nodes: Mapping[str, Any]) -> QemuDisk:

@@ -7,6 +7,7 @@ from typing import Any
 
 from ballast.host.machine import QmpFailed
 from ballast.host.qmp import Qmp
+from ballast.host.storage.qemu_disks import is_flash
 
 
 async def describe_machine(qmp: Qmp) -> tuple[dict[str, Any], list[Path]]:
@@ -17,7 +18,7 @@ async def describe_machine(qmp: Qmp) -> tuple[dict[str, Any], list[Path]]:
     version = await qmp.run("query-version")
     blocks = await qmp.run("query-block")
     disks = [block for block in blocks if block.get("inserted") and "qdev" in block]
-    flash = [block for block in blocks if block["device"].startswith("pflash") and block.get("inserted")]
+    flash = [block for block in disks if is_flash(block)]
     about = {
         "qemu": version["qemu"],
         "package": version["package"],

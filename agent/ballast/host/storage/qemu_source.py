@@ -17,6 +17,7 @@ from ballast.host.storage import qemu_bitmaps, qemu_nodes
 from ballast.host.storage.images import create
 from ballast.host.storage.qemu_disks import QemuDisk, read_disks
 from ballast.host.storage.qemu_machine import describe_machine
+from ballast.host.storage.shape import shape_of_qemu, write_shape
 from ballast.host.storage.source import BackupFailed, Disk, Export
 from ballast.host.storage.threads import to_its_end
 from ballast.wire.errors import Busy
@@ -104,8 +105,11 @@ class QemuSource:
 
     async def describe(self, folder: Path) -> None:
         """Write QEMU's command line and what it says of the machine. OSError, QmpFailed."""
-        about, firmware = await describe_machine(await self._connected())
+        qmp = await self._connected()
+        about, firmware = await describe_machine(qmp)
+        shape = await shape_of_qemu(qmp, self._disks, about["working-directory"])
         await to_its_end(_write_machine, folder, about, firmware)
+        await to_its_end(write_shape, folder, shape)
 
     async def _clean(self, last: str | None) -> tuple[int, int]:
         qmp = await self._connected()

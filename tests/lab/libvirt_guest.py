@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import subprocess
 import time
@@ -11,10 +12,11 @@ from xml.etree import ElementTree
 from xml.etree.ElementTree import SubElement
 
 import libvirt
+import libvirt_qemu
 
 from tests.lab import qemu
 from tests.lab.channel import Channel
-from tests.lab.guest import Guest
+from tests.lab.guest import Guest, QmpError
 
 _GIVEN_UP_S = 20.0
 
@@ -22,7 +24,8 @@ _GIVEN_UP_S = 20.0
 class LibvirtGuest(Guest):
     """Defined at ``uri``, whose QEMUs must be root's; ``target`` is what [vm.NAME] libvirt says of it.
 
-    Without vsock and QMP: the agent is at ``ballast_port``. ``images`` are its disks by target name.
+    Without vsock and QMP's events: the agent is at ``ballast_port``. ``images`` are its disks by target name.
+    ``acks.sock`` is a port that others plug in when they need it.
     """
 
     def __init__(self, uri: str, *arguments: Any, **options: Any) -> None:
@@ -41,6 +44,15 @@ class LibvirtGuest(Guest):
                 domain.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA)
         connection.close()
         super().close()
+
+    def qmp(self, command: str, **arguments: Any) -> Any:
+        """Run a QMP command behind libvirt's back. QmpError."""
+        domain = libvirt.open(self._uri).lookupByName(self.dir.name)
+        asked = json.dumps({"execute": command, "arguments": arguments})
+        reply = json.loads(libvirt_qemu.qemuMonitorCommand(domain, asked, 0))
+        if "error" in reply:
+            raise QmpError(f"{command}: {reply['error']['desc']}")
+        return reply["return"]
 
     def _start(self) -> None:
         qemu.make_overlay(self.image, self.dir / "root.qcow2")
@@ -79,7 +91,7 @@ class LibvirtGuest(Guest):
             SubElement(disk, "target", dev=target, bus="virtio")
             SubElement(disk, "serial").text = serial
         ports = {"lab.shell.0": "shell", "org.ballast.agent.0": "ballast", "org.qemu.guest_agent.0": "qga"}
-        for name, socket_name in ports.items():
+        for name, socket_name in (ports | {"lab.acks.0": "acks"}).items():
             channel = SubElement(devices, "channel", type="unix")
             SubElement(channel, "source", mode="bind", path=str(self.dir / f"{socket_name}.sock"))
             SubElement(channel, "target", type="virtio", name=name)

@@ -34,7 +34,7 @@ from ballast.host.storage.catalog import Catalog
 from tests.lab.demo_snapshot import longest_gap_s, read_times, start_writers
 from tests.lab.demo_stage import read_clock
 from tests.lab.guest import Guest
-from tests.vm.backed_up import VM, WitnessedSource, back_up, differing, restored, write_config
+from tests.vm.backed_up import VM, back_up, differing, restored, witnessed, write_config
 from tests.vm.conftest import boot
 
 Result = dict[str, Any]
@@ -150,7 +150,7 @@ class Trial:
 
     def wrong_increment(self) -> list[str]:
         """Make an increment, and say what of it is not what the disks were in its window."""
-        source = WitnessedSource(self.guest, dict, self.folder)
+        source = witnessed(self.guest, dict, self.folder)
         made = asyncio.run(back_up(source, self.guest, self.folder, incremental=True))
         with restored(self.catalog, made, self.folder / "restored") as images:
             wrong = [f"{name} differs" for name in differing(images, source.reference)]

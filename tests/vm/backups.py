@@ -1,9 +1,9 @@
-"""Backups of a guest whose databases and files are being written: python -m tests.vm.backups [--increments N].
+"""Backups of a guest whose databases and files are being written: python -m tests.vm.backups [--libvirt].
 
-One full backup and so many increments, by QEMU's QMP, while PostgreSQL, MariaDB and plain writers write. Inside each
-frozen window the disks are copied as well. Then each backup is restored, compared with that copy byte for byte, booted,
-and looked at from inside: a transaction or a write that the host had heard of before the cut must be there. The exit
-status is 1 if anything is missing or differs.
+One full backup and three increments, by QEMU's QMP or by libvirt, while PostgreSQL, MariaDB and plain writers write.
+Inside each frozen window the disks are copied as well. Then each backup is restored, compared with that copy byte for
+byte, booted, and looked at from inside: a transaction or a write that the host had heard of before the cut must be
+there. The exit status is 1 if anything is missing or differs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ballast.host.storage.catalog import Backup, Catalog
-from tests.vm.backed_up import VM, WitnessedSource, back_up, booted, differing, restored, snapshot_of
+from tests.vm.backed_up import VM, back_up, boot_under_libvirt, booted, differing, restored, snapshot_of, witnessed
 from tests.vm.conftest import boot
 from tests.vm.crash import LAYOUTS, check, judge
 from tests.vm.crash_loaded import Acknowledged, Loaded, loaded
@@ -33,7 +33,7 @@ def make_chain(load: Loaded, folder: Path, count: int) -> list[tuple[Backup, Ack
     made = []
     for number in range(count):
         load.wait_progress()
-        source = WitnessedSource(load.guest, lambda: load.acknowledged, folder)
+        source = witnessed(load.guest, lambda: load.acknowledged, folder)
         backup = asyncio.run(back_up(source, load.guest, folder, incremental=number > 0))
         source.reference.rename(folder / backup.id)
         made.append((backup, source.acknowledged))
@@ -73,9 +73,10 @@ def main() -> int:
     """Run it, and say what came of each backup."""
     parser = argparse.ArgumentParser(prog="python -m tests.vm.backups", description=__doc__)
     parser.add_argument("--increments", type=int, default=3, help="increments after the full backup (3)")
+    parser.add_argument("--libvirt", action="store_true", help="a machine of libvirt's, by its own calls")
     options = parser.parse_args()
     results = []
-    with boot("trixie") as guest, loaded(guest) as load:
+    with (boot_under_libvirt if options.libvirt else boot)("trixie") as guest, loaded(guest) as load:
         for result in run(load, 1 + options.increments):
             results.append(result)
             sys.stdout.write(json.dumps(result) + "\n")

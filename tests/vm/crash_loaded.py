@@ -7,6 +7,7 @@ and it goes on in overlays, which are merged into the first images again when th
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import threading
 import time
@@ -95,6 +96,12 @@ class Acknowledgements(threading.Thread):
         """The writers that were heard are gone."""
         with self._heard:
             self._last.clear()
+
+    def close(self) -> None:
+        """Hear no more."""
+        with contextlib.suppress(OSError):  # the guest's end is closed
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self.join()
 
     @property
     def last(self) -> Acknowledged:
@@ -233,22 +240,34 @@ class Loaded:
 
 @contextmanager
 def loaded(guest: Guest) -> Iterator[Loaded]:
-    """Give a guest a port for acknowledgements; at the end it is as it was."""
+    """Have a guest's writers heard; at the end it is as it was."""
+    with _port(guest) as path:
+        acks = Acknowledgements(path)
+        acks.start()
+        this = Loaded(guest, acks)
+        try:
+            guest.run(f"until test -e /dev/virtio-ports/{PORT}; do sleep 0.1; done", timeout_s=60)
+            yield this
+            this.stop()
+            this.merge()
+        finally:
+            acks.close()
+
+
+@contextmanager
+def _port(guest: Guest) -> Iterator[Path]:
+    """Plug in a port for acknowledgements; a machine of libvirt's has one."""
     path = guest.dir / "acks.sock"
+    if path.exists():
+        yield path
+        return
     listening = {"type": "unix", "data": {"path": str(path)}}
     guest.qmp("chardev-add", id="acks", backend={"type": "socket", "data": {"addr": listening, "wait": False}})
     guest.qmp("device_add", driver="virtserialport", bus="serial.0", chardev="acks", id="port-acks", name=PORT)
-    acks = Acknowledgements(path)
-    acks.start()
-    this = Loaded(guest, acks)
     try:
-        guest.run(f"until test -e /dev/virtio-ports/{PORT}; do sleep 0.1; done", timeout_s=60)
-        yield this
-        this.stop()
-        this.merge()
+        yield path
     finally:
         guest.qmp("device_del", id="port-acks")
         while guest.wait_qmp_event("DEVICE_DELETED").get("device") != "port-acks":
             pass
         guest.qmp("chardev-remove", id="acks")
-        acks.join()

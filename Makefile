@@ -8,7 +8,7 @@ DEBS   := dist/.complete
 # The same as another version, for trying upgrades and downgrades.
 NEXT   := dist/next/.complete
 
-.PHONY: help deps venv lint packages test test-unit test-kernel test-vm demo faults crash balloon-faults balloon-trials dimms bench clean
+.PHONY: help deps venv lint packages test test-unit test-kernel test-vm demo faults crash balloon-faults balloon-trials dimms backups backup-trials bench clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -54,6 +54,16 @@ balloon-trials: $(VENV) $(DEBS) ## the balloon pinned, lied about and needed bac
 
 dimms: $(VENV) $(DEBS) ## a hundred DIMMs that come, are used and go, in a guest
 	.venv/bin/python -m tests.vm.dimms
+
+backups: $(VENV) $(DEBS) ## four backups of databases at work, by QMP and by libvirt: restored, compared, booted
+	.venv/bin/python -m tests.vm.backups
+	.venv/bin/python -m tests.vm.backups --libvirt
+
+backup-trials: $(VENV) $(DEBS) ## 40 backups' frozen windows; then tools killed 50 times, targets full and stalled
+	.venv/bin/python -m tests.vm.backup_trials windows --count 40
+	.venv/bin/python -m tests.vm.backup_trials killed --count 50
+	.venv/bin/python -m tests.vm.backup_trials full
+	.venv/bin/python -m tests.vm.backup_trials stalled
 
 bench: $(VENV) $(DEBS) ## how long writers stand still for a freeze, with us and with qemu-ga; into docs/benchmarks.md
 	.venv/bin/python -m tests.vm.bench --document docs/benchmarks.md

@@ -91,7 +91,8 @@ def _make_parser() -> argparse.ArgumentParser:
     _add_balloon(_add_group(commands, "balloon", "give boot memory back to the host, or let the guest have it again"))
     _add_memory(_add_group(commands, "memory", "plug in and take out memory"))
     backups = _add_group(commands, "backup", "back up a running machine, and what one does with backups")
-    add_backup(backups, partial(_add_verb, backups), _make_common(), _add_scope)
+    common, for_all = _make_common(), _make_common(is_target_optional=True)
+    add_backup(backups, partial(_add_verb, backups), common, for_all, _add_scope)
     return parser
 
 
@@ -158,9 +159,12 @@ def _add_qmp(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--qmp", metavar="PATH", help="QEMU's QMP socket (default: from host.toml)")
 
 
-def _make_common() -> argparse.ArgumentParser:
+def _make_common(*, is_target_optional: bool = False) -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("target", metavar="TARGET", help="connect string or name of a VM")
+    if is_target_optional:
+        common.add_argument("target", nargs="?", metavar="TARGET", help="name of a VM (default: all there are)")
+    else:
+        common.add_argument("target", metavar="TARGET", help="connect string or name of a VM")
     common.add_argument("--json", action="store_true", help="output for programs, with the names of the wire")
     common.add_argument("--token-file", type=Path, metavar="FILE", help="token for vsock (default: from host.toml)")
     common.add_argument("--config", type=Path, default=PATH, metavar="FILE", help="default: %(default)s")

@@ -16,15 +16,19 @@ Add = Callable[[list[argparse.ArgumentParser], str, Verb, str, str], argparse.Ar
 
 
 def add_backup(
-    group: Any, add: Add, common: argparse.ArgumentParser, add_scope: Callable[[argparse.ArgumentParser, str], None]
+    group: Any,
+    add: Add,
+    common: argparse.ArgumentParser,
+    for_all: argparse.ArgumentParser,
+    add_scope: Callable[[argparse.ArgumentParser, str], None],
 ) -> None:
-    """Add all commands of the group; ``common`` are the options of every command of ballastctl."""
+    """Add all commands of the group; ``common`` is what every command takes, ``for_all`` the same without a VM."""
     place = _make_place()
     create = add([common, place], "create", backup_verbs.create, "back up a running machine", examples.BACKUP_CREATE)
     _add_create(create)
     add_scope(create, "the guest thaws by itself after it: 10s")
     create.set_defaults(lease=10.0)
-    list_ = add([common, place], "list", backup_verbs.list_backups, "the backups there are", examples.BACKUP_LIST)
+    list_ = add([for_all, place], "list", backup_verbs.list_backups, "the backups there are", examples.BACKUP_LIST)
     show = add(
         [common, place],
         "show",

@@ -17,6 +17,7 @@ from ballast.host.storage.backup import LiveBackup, Order, Teller
 from ballast.host.storage.catalog import Backup, Catalog
 from ballast.host.storage.deadman import DeadMan
 from ballast.host.storage.filesystems import check_filesystems
+from ballast.host.storage.holdings import read_holdings
 from ballast.host.storage.libvirt_source import LibvirtSource
 from ballast.host.storage.prune import plan_prune
 from ballast.host.storage.prune import prune as prune_backups
@@ -103,7 +104,11 @@ async def repair(args: argparse.Namespace, connect: Connect) -> int:
 
 
 async def list_backups(args: argparse.Namespace, connect: Connect) -> int:
-    """Show all backups of a machine; damaged ones too."""
+    """Show all backups of a machine, damaged ones too; or which machines have any."""
+    if args.target is None:
+        found = await asyncio.to_thread(read_holdings, args.folder or args.backups.target)
+        put_json({"machines": found}) if args.json else put_tables(backup_view.holdings_tables(found))
+        return Exit.PARTIAL if any(one.damaged for one in found) else Exit.DONE
     backups, damaged = await asyncio.to_thread(_catalog(args).read)
     put_json({"backups": backups, "damaged": damaged}) if args.json else put_tables(
         backup_view.list_tables(args.target, backups, damaged)

@@ -9,6 +9,7 @@ from ballast.host.quantity import format_ms, format_size
 from ballast.host.show import Table
 from ballast.host.storage.catalog import Backup
 from ballast.host.storage.filesystems import FilesystemCheck
+from ballast.host.storage.holdings import Holding
 from ballast.host.storage.retention import Plan
 from ballast.host.storage.trial import Trial
 
@@ -29,6 +30,21 @@ def list_tables(vm: str, backups: Sequence[Backup], damaged: Mapping[str, str]) 
     if damaged:
         tables.append(Table("Damaged", list(damaged.items()), ("folder", "why")))
     return tables
+
+
+def holdings_tables(holdings: Sequence[Holding]) -> list[Table]:
+    """One line for each machine."""
+    rows = [
+        (
+            one.vm,
+            str(one.backups) + (f", {one.damaged} damaged" if one.damaged else ""),
+            one.last.made if one.last else "none that can be restored",
+            one.last.consistency if one.last else "",
+            format_size(one.bytes),
+        )
+        for one in holdings
+    ]
+    return [Table("Backups", rows or [("none", "", "", "", "")], ("machine", "backups", "last", "consistent", "size"))]
 
 
 def backup_tables(backup: Backup, chain: Sequence[Backup] = ()) -> list[Table]:

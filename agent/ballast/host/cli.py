@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.safe_vhost_user = {*vm.safe_vhost_user, *(getattr(args, "safe_vhost_user", None) or ())}
         if args.backs_up:
             args.backups = read_backups(args.config)
-            args.vm = find_vm(args.target, args.config)
+            args.vm = find_vm(args.target, args.config) if args.target else None
             if "qmp" in args and not args.vm.libvirt:
                 args.qmp = qmp_of(args.vm, args.qmp)
         connect = _route(args) if args.needs_agent else partial(_connect_later, args)

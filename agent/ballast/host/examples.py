@@ -107,6 +107,7 @@ that the freeze did not hold and the backup was kept (--if-not-held keep), 5 tha
 
 BACKUP_LIST = """\
 examples:
+  ballastctl backup list
   ballastctl backup list web1
   ballastctl backup list web1 --json | jq '.backups[] | select(.held)'"""
 

@@ -22,7 +22,7 @@ from ballast.host.machine import MemoryMap, NotReclaimable, WrongRanges
 from ballast.host.qemu import Qemu
 from ballast.host.reclaim import NOTHING, ChunkVoid, GaveWay, Reclaim, Released, release
 from ballast.wire.errors import AgentError
-from ballast.wire.names import BalloonInflated, Ranges
+from ballast.wire.memory_names import BalloonInflated, Ranges
 from tests.kernel.stopped import MIB, contents, dimm, fill, memory, stopped
 from tests.unit.host.fake import STATUS, FakeAgent, serve
 

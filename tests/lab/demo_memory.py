@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ballast.host.agent import Agent
+from ballast.wire.memory_names import PsiTrigger
 from ballast.wire.message import Event
-from ballast.wire.names import PsiTrigger
 from tests.lab.demo_stage import DemoFailed, GuestClock, Stage, read_clock, require
 from tests.lab.guest import Guest
 

@@ -26,7 +26,7 @@ from ballast.host.machine import NotReclaimable
 from ballast.host.qemu import Qemu
 from ballast.host.reclaim import NOTHING, ChunkVoid, Reclaim, Released, release
 from ballast.wire.errors import AgentError
-from ballast.wire.names import BalloonInflated
+from ballast.wire.memory_names import BalloonInflated
 from tests.lab.guest import CommandFailed, Guest
 from tests.lab.image import build
 from tests.vm.conftest import TOKEN, packages

@@ -25,7 +25,7 @@ from ballast.host import linux
 from ballast.host.agent import Agent
 from ballast.host.machine import MemoryMap, WrongRanges
 from ballast.host.reclaim import Released, release
-from ballast.wire.names import BalloonInflated, Ranges
+from ballast.wire.memory_names import BalloonInflated, Ranges
 from tests.lab.guest import Guest
 from tests.vm.balloon_faults import order
 from tests.vm.parted import (

@@ -8,7 +8,7 @@ import uuid
 import pytest
 
 from ballast.host.agent import Agent
-from ballast.wire.names import PsiTrigger
+from ballast.wire.memory_names import PsiTrigger
 from tests.lab.guest import Guest
 from tests.vm import test_dbus as dbus
 from tests.vm.raw import Raw

@@ -11,7 +11,7 @@ import pytest_asyncio
 
 from ballast.host.agent import Agent
 from ballast.wire.errors import BadRequest
-from ballast.wire.names import BlockResult
+from ballast.wire.memory_names import BlockResult
 from tests.lab.guest import Guest
 from tests.vm.dimms import Campaign
 from tests.vm.test_memory import BLOCK_BYTES, DEADLINE_S, SYSFS, dimm, hear, indexes, states

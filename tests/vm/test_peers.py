@@ -14,7 +14,7 @@ import pytest
 from ballast.host.agent import Agent
 from ballast.host.connect import open_streams, parse_target
 from ballast.wire.errors import AgentError
-from ballast.wire.names import DemandInterval
+from ballast.wire.memory_names import DemandInterval
 from tests.lab.guest import Guest
 from tests.vm.raw import Raw, request
 from tests.vm.unit import configured, usage

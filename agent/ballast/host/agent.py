@@ -12,8 +12,7 @@ from typing import Any, Literal, TypeVar
 from ballast.host.connection import Connection, NotUnderstood
 from ballast.host.qga import GuestInfo, MemoryBlock, MemoryBlockInfo, MemoryBlockResult
 from ballast.wire.errors import BadRequest
-from ballast.wire.names import (
-    AgentStatus,
+from ballast.wire.memory_names import (
     BalloonDeflated,
     BalloonInflated,
     BalloonRanges,
@@ -22,13 +21,9 @@ from ballast.wire.names import (
     OfflineResult,
     OnlineResult,
     PsiTrigger,
-    QuiesceBegun,
-    QuiesceEnded,
-    QuiesceForecast,
-    QuiesceRenewed,
-    QuiesceStatus,
     Zone,
 )
+from ballast.wire.names import AgentStatus, QuiesceBegun, QuiesceEnded, QuiesceForecast, QuiesceRenewed, QuiesceStatus
 from ballast.wire.shape import read_value, to_wire, wire_name
 
 T = TypeVar("T")

@@ -16,7 +16,7 @@ from ballast.host.config import PATH
 from ballast.host.connection import ANSWER_TIMEOUT_S
 from ballast.host.quantity import parse_duration, parse_size
 from ballast.host.verbs import Verb
-from ballast.wire.names import PsiTrigger
+from ballast.wire.memory_names import PsiTrigger
 
 T = TypeVar("T")
 

@@ -10,7 +10,7 @@ from typing import Literal
 from ballast.host.connection import NotUnderstood
 from ballast.host.reclaim import GaveWay, Reclaim
 from ballast.wire.errors import AgentError
-from ballast.wire.names import BalloonInflated
+from ballast.wire.memory_names import BalloonInflated
 
 Stopped = Literal["done", "floor", "gave-way", "interrupted", "failed"]
 # Lets a step come to its end although we are told to leave.

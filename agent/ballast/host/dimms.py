@@ -16,7 +16,7 @@ from ballast.host.machine import NotReclaimable, QmpFailed
 from ballast.host.qmp import Qmp
 from ballast.host.quantity import format_size
 from ballast.wire.errors import AgentError, BadRequest, DeadlineExceeded
-from ballast.wire.names import OnlineResult
+from ballast.wire.memory_names import OnlineResult
 
 OURS = "ballast-"
 # From the device to its blocks in the guest: ACPI, and under load minutes of it.

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ballast.wire.errors import AgentError
-from ballast.wire.names import Ranges
+from ballast.wire.memory_names import Ranges
 
 PAGE_BYTES = 4096
 # Below are firmware, video memory and their aliases: chipsets switch there between RAM and ROM (PAM, SMRAM).

@@ -8,7 +8,7 @@ from ballast.host.balloon import Outcome
 from ballast.host.dimms import Dimm, Removal
 from ballast.host.quantity import format_ms, format_size
 from ballast.host.show import Table
-from ballast.wire.names import BalloonRanges, OfflineResult, OnlineResult
+from ballast.wire.memory_names import BalloonRanges, OfflineResult, OnlineResult
 
 _STOPPED = {
     "done": "at the target",

@@ -16,7 +16,7 @@ from ballast.host.agent import Agent
 from ballast.host.machine import Piece, WrongRanges
 from ballast.host.qemu import Qemu
 from ballast.wire.errors import AgentError, NoSuchId
-from ballast.wire.names import BalloonDeflated, BalloonInflated, Ranges
+from ballast.wire.memory_names import BalloonDeflated, BalloonInflated, Ranges
 
 GRAIN_BYTES = 2 << 20
 

@@ -28,7 +28,8 @@ from ballast.wire.errors import (
     StaleEpoch,
     Unauthenticated,
 )
-from ballast.wire.names import BlockResult, DemandInterval, QuiesceBegun
+from ballast.wire.memory_names import BlockResult, DemandInterval
+from ballast.wire.names import QuiesceBegun
 
 Connect = Callable[[], AbstractAsyncContextManager[Agent]]
 Verb = Callable[[argparse.Namespace, Connect], Awaitable[int]]

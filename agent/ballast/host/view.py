@@ -9,13 +9,11 @@ from typing import Any
 
 from ballast.host.quantity import format_ms, format_size
 from ballast.host.show import Table
+from ballast.wire.memory_names import MemoryStatus, OnlineResult, Pressure
 from ballast.wire.message import Event
 from ballast.wire.names import (
     AgentStatus,
     FilesystemResult,
-    MemoryStatus,
-    OnlineResult,
-    Pressure,
     QuiesceBegun,
     QuiesceEnded,
     QuiesceForecast,

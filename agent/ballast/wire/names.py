@@ -12,9 +12,6 @@ from typing import Literal
 PROTOCOL = 1
 VSOCK_PORT = 640
 
-Level = Literal["low", "medium", "critical"]
-StallKind = Literal["some", "full"]
-Zone = Literal["auto", "kernel", "movable"]
 ProcessState = Literal["stopped", "idle", "active", "failed"]
 EndReason = Literal[
     "lease-expired",
@@ -64,146 +61,6 @@ class AgentStatus:
     pin: str | None
     guard: ProcessState
     holder: ProcessState
-
-
-@dataclass(frozen=True, slots=True)
-class Stall:
-    """One line of a pressure file: shares of time in percent, and the total stalled since boot."""
-
-    avg10: float
-    avg60: float
-    avg300: float
-    total_us: int
-
-
-@dataclass(frozen=True, slots=True)
-class Pressure:
-    """/proc/pressure/memory: ``some`` task stalled, or all of them (``full``)."""
-
-    some: Stall
-    full: Stall
-
-
-@dataclass(frozen=True, slots=True)
-class BalloonState:
-    """What the balloon holds and was asked to hold."""
-
-    bytes: int
-    target_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class BlockCounts:
-    """Memory blocks: the size of one, and how many there are of each kind."""
-
-    size_bytes: int
-    online: int
-    offline: int
-    movable_online: int
-
-
-@dataclass(frozen=True, slots=True)
-class KernelBalloon:
-    """A balloon driver of the kernel's and what it holds."""
-
-    driver: str
-    bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class MemoryStatus:
-    """``ballast-memory-status``."""
-
-    boot_id: str
-    total_bytes: int
-    available_bytes: int
-    free_bytes: int
-    cached_bytes: int
-    committed_bytes: int
-    swap_total_bytes: int
-    swap_free_bytes: int
-    psi: Pressure | None
-    level: Level
-    demand_bytes: int
-    demand: dict[str, int]
-    balloon: BalloonState
-    blocks: BlockCounts
-    kernel_balloon: KernelBalloon | None
-
-
-@dataclass(frozen=True, slots=True)
-class BlockResult:
-    """What became of one memory block; ``online_us`` is how long the kernel took."""
-
-    phys_index: int
-    zone: str
-    result: Literal["done", "already", "failed"]
-    reason: str | None = None
-    online_us: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class OnlineResult:
-    """``ballast-memory-online``: bytes that were brought online now, and each block."""
-
-    bytes: int
-    blocks: list[BlockResult]
-
-
-@dataclass(frozen=True, slots=True)
-class DimmResult:
-    """A DIMM: its first guest-physical address, and whether all of its blocks are offline, so that it can come off."""
-
-    address: int
-    bytes: int
-    offline: bool
-
-
-@dataclass(frozen=True, slots=True)
-class OfflineResult:
-    """``ballast-memory-offline``: bytes that were taken offline now, each block, and the DIMMs that they are."""
-
-    bytes: int
-    blocks: list[BlockResult]
-    dimms: list[DimmResult]
-
-
-# Guest-physical memory: [address, bytes] each, rising, none overlapping another.
-Ranges = list[list[int]]
-
-
-@dataclass(frozen=True, slots=True)
-class BalloonInflated:
-    """``ballast-balloon-inflate``: the chunk that waits for its ack, None if none was taken.
-
-    ``done``: the target is reached. ``floor``: the guest gives no more now.
-    """
-
-    chunk: int | None
-    bytes: int
-    total_bytes: int
-    ranges: Ranges
-    done: bool
-    floor: bool
-
-
-@dataclass(frozen=True, slots=True)
-class BalloonDeflated:
-    """``ballast-balloon-deflate``: what the guest has again."""
-
-    bytes: int
-    total_bytes: int
-    ranges: Ranges
-
-
-@dataclass(frozen=True, slots=True)
-class BalloonRanges:
-    """``ballast-balloon-ranges``: all that the balloon holds, looked up now; ``generation`` changes with it."""
-
-    boot_id: str
-    generation: int
-    total_bytes: int
-    ranges: Ranges
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,19 +155,3 @@ class QuiesceForecast:
     skip: list[Skipped]
     risks: list[Risk]
     dirty_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class PsiTrigger:
-    """Ask for an event when tasks stall for ``stall_us`` within ``window_us`` (500,000 to 10,000,000)."""
-
-    kind: StallKind
-    stall_us: int
-    window_us: int
-
-
-@dataclass(frozen=True, slots=True)
-class DemandInterval:
-    """Ask for BALLAST_DEMAND every ``interval_ms`` (100 to 3,600,000)."""
-
-    interval_ms: int

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 
 from ballast.guest.events import Events, Subscription
+from ballast.wire.memory_names import BlockResult
 from ballast.wire.message import Event
-from ballast.wire.names import BlockResult
 
 
 class Ear:

@@ -14,18 +14,8 @@ from ballast.host.connect import NoAnswer, PeerGone
 from ballast.host.connection import EVENTS_LIMIT, NotUnderstood
 from ballast.host.qga import CommandInfo, GuestInfo, MemoryBlock, MemoryBlockInfo, MemoryBlockResult
 from ballast.wire import errors
-from ballast.wire.names import (
-    AgentStatus,
-    BlockResult,
-    DemandInterval,
-    MemoryStatus,
-    OnlineResult,
-    PsiTrigger,
-    QuiesceBegun,
-    QuiesceEnded,
-    QuiesceRenewed,
-    QuiesceStatus,
-)
+from ballast.wire.memory_names import BlockResult, DemandInterval, MemoryStatus, OnlineResult, PsiTrigger
+from ballast.wire.names import AgentStatus, QuiesceBegun, QuiesceEnded, QuiesceRenewed, QuiesceStatus
 from tests.unit.host.fake import DEADLINE_S, ENDED, FakeAgent, Refusal, begun
 
 Call = Callable[[Agent], Awaitable[Any]]

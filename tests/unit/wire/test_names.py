@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ballast.wire import names
+from ballast.wire import memory_names, names
 from ballast.wire.shape import read_record, to_wire
 
 RECORDS = [kind for kind in vars(names).values() if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
@@ -43,20 +43,20 @@ def test_every_record_comes_back_as_it_was(kind: type[Any], data: st.DataObject)
         ),
         (names.Limits, "lease-ms chunk-bytes line-bytes"),
         (
-            names.MemoryStatus,
+            memory_names.MemoryStatus,
             "boot-id total-bytes available-bytes free-bytes cached-bytes committed-bytes swap-total-bytes "
             "swap-free-bytes psi level demand-bytes demand balloon blocks kernel-balloon",
         ),
-        (names.Stall, "avg10 avg60 avg300 total-us"),
-        (names.BlockCounts, "size-bytes online offline movable-online"),
-        (names.OnlineResult, "bytes blocks"),
-        (names.BlockResult, "phys-index zone result reason online-us"),
+        (memory_names.Stall, "avg10 avg60 avg300 total-us"),
+        (memory_names.BlockCounts, "size-bytes online offline movable-online"),
+        (memory_names.OnlineResult, "bytes blocks"),
+        (memory_names.BlockResult, "phys-index zone result reason online-us"),
         (names.QuiesceBegun, "id consistency lease-ms sync-ms freeze-ms filesystems writers"),
         (names.FilesystemResult, "mountpoint device type state reason freeze-ms"),
         (names.WriterResult, "name state reason ms"),
         (names.QuiesceEnded, "held held-ms thaw-ms reason filesystems writers"),
         (names.QuiesceStatus, "state id lease-left-ms filesystems"),
-        (names.PsiTrigger, "kind stall-us window-us"),
+        (memory_names.PsiTrigger, "kind stall-us window-us"),
     ],
 )
 def test_no_field_that_clients_rely_on_is_gone(kind: type[Any], fields: str) -> None:
@@ -67,7 +67,7 @@ def test_no_field_that_clients_rely_on_is_gone(kind: type[Any], fields: str) -> 
 def test_what_may_be_null_is_null_and_what_may_be_absent_is_absent() -> None:
     status = names.QuiesceStatus("thawed")
     assert to_wire(status) == {"state": "thawed", "filesystems": []}
-    balloon, blocks = names.BalloonState(0, 0), names.BlockCounts(1, 2, 3, 4)
-    memory = names.MemoryStatus("b", 1, 1, 1, 1, 1, 1, 1, None, "low", 1, {}, balloon, blocks, None)
+    balloon, blocks = memory_names.BalloonState(0, 0), memory_names.BlockCounts(1, 2, 3, 4)
+    memory = memory_names.MemoryStatus("b", 1, 1, 1, 1, 1, 1, 1, None, "low", 1, {}, balloon, blocks, None)
     assert to_wire(memory)["psi"] is None
     assert to_wire(memory)["kernel-balloon"] is None

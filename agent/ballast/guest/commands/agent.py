@@ -14,7 +14,8 @@ from ballast.guest.dispatch import Table, command
 from ballast.guest.events import NAMES, Events, Subscription
 from ballast.guest.peer import Peer
 from ballast.wire.errors import BadRequest, Unauthenticated
-from ballast.wire.names import AgentStatus, DemandInterval, PsiTrigger
+from ballast.wire.memory_names import DemandInterval, PsiTrigger
+from ballast.wire.names import AgentStatus
 
 _MAX_FAILED_TOKENS = 3
 _DEMAND_MIN_MS, _DEMAND_MAX_MS = 100, 3_600_000

@@ -14,7 +14,7 @@ from ballast.guest.memory.blocks import Blocks
 from ballast.guest.memory.offline import TIMEOUT_S, Offline
 from ballast.guest.memory.status import MemoryFacts
 from ballast.wire.errors import BadRequest
-from ballast.wire.names import (
+from ballast.wire.memory_names import (
     BalloonDeflated,
     BalloonInflated,
     BalloonRanges,

@@ -25,7 +25,8 @@ from ballast.guest.memory.floor import Readings, room_bytes
 from ballast.guest.memory.holder_client import HeldChunk, HolderConnection, HolderLost
 from ballast.guest.memory.holder_protocol import CHUNK_BYTES, GRAIN_BYTES
 from ballast.wire.errors import AgentError, KernelFailure, NoSuchId
-from ballast.wire.names import BalloonDeflated, BalloonInflated, BalloonRanges, BalloonState, ProcessState, Ranges
+from ballast.wire.memory_names import BalloonDeflated, BalloonInflated, BalloonRanges, BalloonState, Ranges
+from ballast.wire.names import ProcessState
 
 log = logging.getLogger(__name__)
 

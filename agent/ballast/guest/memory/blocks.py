@@ -22,7 +22,7 @@ from ballast.guest.memory.floor import MOVABLE_RATIO
 from ballast.guest.memory.offline_child import take_offline
 from ballast.guest.threads import in_thread
 from ballast.wire.errors import BadRequest, KernelFailure, NotSupported
-from ballast.wire.names import BlockCounts, BlockResult, OnlineResult, Zone
+from ballast.wire.memory_names import BlockCounts, BlockResult, OnlineResult, Zone
 
 MEMORY = "sys/devices/system/memory"
 OFFLINE_S = 10.0

@@ -17,7 +17,7 @@ from ballast.guest.linux.uevents import Uevent
 from ballast.guest.memory.blocks import Blocks
 from ballast.guest.memory.leaving import Leaving
 from ballast.wire.errors import AgentError
-from ballast.wire.names import BlockResult
+from ballast.wire.memory_names import BlockResult
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from ballast.wire.names import Zone
+from ballast.wire.memory_names import Zone
 
 LEAVING_PATH = Path("/run/ballast/leaving.json")
 LEAVING_S = 60.0

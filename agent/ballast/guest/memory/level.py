@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 from ballast.guest.events import Subscription
 from ballast.guest.memory.pressure import Pressure
+from ballast.wire.memory_names import Level
 from ballast.wire.message import Event
-from ballast.wire.names import Level
 
 # As often as the kernel renews its averages (PSI_FREQ in kernel/sched/psi.c), and two windows of the triggers, so that
 # pressure that goes on is seen each time.

@@ -20,7 +20,7 @@ from ballast.guest.memory.floor import floor_bytes
 from ballast.guest.memory.leaving import Leaving
 from ballast.guest.memory.offline_child import take_offline
 from ballast.wire.errors import BadRequest, Busy
-from ballast.wire.names import BlockResult, DimmResult, OfflineResult, Zone
+from ballast.wire.memory_names import BlockResult, DimmResult, OfflineResult, Zone
 
 TIMEOUT_S = 30.0
 _REASONS = {errno.ETIMEDOUT: "deadline", errno.ECHILD: "killed"}

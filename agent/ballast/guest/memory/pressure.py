@@ -19,7 +19,7 @@ from ballast.guest.events import Subscription
 from ballast.guest.linux import psi
 from ballast.guest.linux.tree import Tree
 from ballast.wire.errors import AgentError, BadRequest, Busy, KernelFailure, NotSupported
-from ballast.wire.names import Level, PsiTrigger
+from ballast.wire.memory_names import Level, PsiTrigger
 
 log = logging.getLogger(__name__)
 

@@ -22,8 +22,8 @@ from ballast.guest.memory.balloon import Balloon
 from ballast.guest.memory.floor import relief_bytes, urgent_bytes
 from ballast.guest.memory.pressure import Pressure
 from ballast.wire.errors import AgentError
+from ballast.wire.memory_names import PsiTrigger
 from ballast.wire.message import Event
-from ballast.wire.names import PsiTrigger
 
 log = logging.getLogger(__name__)
 

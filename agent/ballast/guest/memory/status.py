@@ -14,7 +14,7 @@ from ballast.guest.memory.balloon import Balloon
 from ballast.guest.memory.blocks import Blocks
 from ballast.guest.memory.demand import demand_parts
 from ballast.guest.memory.pressure import Pressure, level_of
-from ballast.wire import names
+from ballast.wire import memory_names as names
 from ballast.wire.shape import to_wire
 
 _COMMITTED = re.compile(r"^Committed_AS: +(\d+) kB", re.MULTILINE)

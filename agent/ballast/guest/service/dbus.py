@@ -19,8 +19,8 @@ from ballast.guest.events import Events, Subscription
 from ballast.guest.quiesce.services import Services
 from ballast.guest.service.introspection import introspect
 from ballast.wire.errors import AgentError
+from ballast.wire.memory_names import Level
 from ballast.wire.message import Event, Failure, Reply
-from ballast.wire.names import Level
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,8 @@ from ballast.guest.commands.agent import AgentCommands, Sources
 from ballast.guest.dispatch import Table, command
 from ballast.guest.events import NAMES, Events, Subscription
 from ballast.wire.errors import NotSupported
-from ballast.wire.names import AgentStatus, Limits, PsiTrigger
+from ballast.wire.memory_names import PsiTrigger
+from ballast.wire.names import AgentStatus, Limits
 from tests.unit.guest.served import Client, Served
 
 TOKEN = "0123456789abcdef"

@@ -13,7 +13,7 @@ from ballast.guest.linux.tree import Tree
 from ballast.guest.memory.blocks import MEMORY, Block, Blocks
 from ballast.guest.memory.floor import MOVABLE_RATIO
 from ballast.wire.errors import BadRequest, NotSupported
-from ballast.wire.names import BlockCounts
+from ballast.wire.memory_names import BlockCounts
 from tests.unit.guest.conftest import MakeTree
 
 SIZE_BYTES = 128 << 20

@@ -10,8 +10,8 @@ import pytest
 
 from ballast.guest.memory.level import PressureLevel
 from ballast.guest.memory.pressure import Pressure
+from ballast.wire.memory_names import Level
 from ballast.wire.message import Event
-from ballast.wire.names import Level
 from tests.unit.guest.conftest import MakeTree
 from tests.unit.guest.memory.test_pressure import pressure_file
 

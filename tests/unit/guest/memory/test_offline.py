@@ -19,7 +19,7 @@ from ballast.guest.memory.leaving import Leaving
 from ballast.guest.memory.offline import Offline
 from ballast.guest.memory.offline_child import take_offline
 from ballast.wire.errors import BadRequest, Busy, NotSupported
-from ballast.wire.names import DimmResult, OfflineResult
+from ballast.wire.memory_names import DimmResult, OfflineResult
 from tests.unit.guest.conftest import MakeTree
 
 SIZE_BYTES = 128 << 20

@@ -8,7 +8,7 @@ from ballast.guest.events import Subscription
 from ballast.guest.linux.tree import Tree
 from ballast.guest.memory.pressure import PRESSURE_FILE, Pressure, level_of
 from ballast.wire.errors import BadRequest, Busy, KernelFailure, NotSupported
-from ballast.wire.names import PsiTrigger
+from ballast.wire.memory_names import PsiTrigger
 from tests.unit.guest.conftest import MakeTree
 
 NOBODY = Subscription(frozenset(), lambda _event: True)

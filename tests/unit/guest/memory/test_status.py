@@ -15,8 +15,8 @@ from ballast.guest.memory.balloon import Balloon
 from ballast.guest.memory.blocks import Blocks
 from ballast.guest.memory.pressure import PRESSURE_FILE, Pressure
 from ballast.guest.memory.status import MemoryFacts
+from ballast.wire.memory_names import BalloonState, BlockCounts
 from ballast.wire.message import Event
-from ballast.wire.names import BalloonState, BlockCounts
 
 
 @pytest.fixture

@@ -13,7 +13,12 @@ from hypothesis import strategies as st
 from ballast.wire import memory_names, names
 from ballast.wire.shape import read_record, to_wire
 
-RECORDS = [kind for kind in vars(names).values() if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
+RECORDS = [
+    kind
+    for module in (names, memory_names)
+    for kind in vars(module).values()
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind)
+]
 SCALARS: dict[type, st.SearchStrategy[Any]] = {
     int: st.integers(-(2**63), 2**63 - 1),
     float: st.floats(allow_nan=False, allow_infinity=False),

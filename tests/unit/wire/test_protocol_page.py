@@ -15,7 +15,7 @@ from ballast.guest.commands.agent import AgentCommands
 from ballast.guest.commands.memory import MemoryCommands
 from ballast.guest.commands.quiesce import QuiesceCommands
 from ballast.guest.events import NAMES
-from ballast.wire import errors, names
+from ballast.wire import errors, memory_names, names
 from ballast.wire.shape import wire_name
 
 PAGE = (Path(__file__).parents[3] / "docs/protocol.md").read_text()
@@ -65,7 +65,7 @@ def test_the_records_have_the_fields_that_are_told(name: str) -> None:
     told = RECORDS[name][0]
     while told != (told := re.sub(r"\{[^{}]*\}|\[[^][]*\]|\"[^\"]*\"", "", told)):
         pass  # from the inside out
-    fields = {wire_name(field.name) for field in dataclasses.fields(getattr(names, name))}
+    fields = {wire_name(field.name) for field in dataclasses.fields((vars(names) | vars(memory_names))[name])}
     assert fields == set(re.findall(r"(?:^|, )([a-z-]+)\??(?=[:,]|$)", told))
 
 

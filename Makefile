@@ -65,8 +65,10 @@ backup-trials: $(VENV) $(DEBS) ## 40 backups' frozen windows; then tools killed 
 	.venv/bin/python -m tests.vm.backup_trials full
 	.venv/bin/python -m tests.vm.backup_trials stalled
 
-bench: $(VENV) $(DEBS) ## how long writers stand still for a freeze, with us and with qemu-ga; into docs/benchmarks.md
+# The memory benchmarks may be interrupted, too.
+bench: $(VENV) $(DEBS) ## freezes beside qemu-ga, memory beside virtio-balloon, virtio-mem and udev; into docs/benchmarks.md
 	.venv/bin/python -m tests.vm.bench --document docs/benchmarks.md
+	.venv/bin/python -m tests.vm.bench_memory --document docs/benchmarks.md
 
 clean: ## remove what make has built; guests' images stay in the cache
 	rm -rf .venv dist agent/*.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.vm.bench import BEGIN, END, broken_promises, insert
+from tests.vm.bench import broken_promises, insert
 from tests.vm.bench_figures import Ratio, compare, read_results, table
 
 
@@ -61,7 +61,10 @@ def test_a_broken_promise_is_told() -> None:
 
 def test_figures_take_the_place_of_older_ones() -> None:
     figures = table(compare(pairs(10, 100)))
-    document = insert(f"# Title\n\n{BEGIN}old\n{END}\n\nThe end.\n", figures)
-    assert document == f"# Title\n\n{BEGIN}{figures}{END}\n\nThe end.\n"
+    begin, end = "<!-- figures -->\n", "<!-- end of figures -->"
+    others = "<!-- other figures -->\nold\n<!-- end of other figures -->"
+    document = insert(f"# Title\n\n{begin}old\n{end}\n\n{others}\n", figures)
+    assert document == f"# Title\n\n{begin}{figures}{end}\n\n{others}\n"
     assert insert(document, figures) == document
+    assert insert(document, figures, "other figures").startswith(document.partition("old")[0])
     assert "| 4 | buffered | 5 | 12 ms | 102 ms | 0.12 (" in figures

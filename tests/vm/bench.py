@@ -35,7 +35,7 @@ CASES = {f"{count}-{load}": (count, load) for load in LOADS for count in COUNTS}
 PROMISES = {(4, "buffered"): 0.2, (1, "idle"): 1.1}
 SETTLE_S = 3.0
 PAIR_TIMEOUT_S = 60.0  # far more than it takes
-BEGIN, END = "<!-- figures -->\n", "<!-- end of figures -->"
+MARK = "figures"
 
 
 def time_case(guest: Guest, count: int, load: str, pairs: int) -> Iterator[dict[str, Any]]:
@@ -58,10 +58,11 @@ def broken_promises(comparisons: list[Comparison]) -> list[str]:
     ]
 
 
-def insert(document: str, figures: str) -> str:
-    """Put figures in the place of the older ones."""
-    head, _, rest = document.partition(BEGIN)
-    return f"{head}{BEGIN}{figures}{END}{rest.partition(END)[2]}"
+def insert(document: str, figures: str, mark: str = MARK) -> str:
+    """Put figures in the place of the older ones, between the two comments that have this mark."""
+    begin, end = f"<!-- {mark} -->\n", f"<!-- end of {mark} -->"
+    head, _, rest = document.partition(begin)
+    return f"{head}{begin}{figures}{end}{rest.partition(end)[2]}"
 
 
 def _head(results: list[dict[str, Any]], command: str) -> str:
@@ -70,7 +71,8 @@ def _head(results: list[dict[str, Any]], command: str) -> str:
     return f"\n`{command}`, commit {last['commit']}, Linux {last['kernel']}, {last['date']}\n\n"
 
 
-def _commit() -> str:
+def read_commit() -> str:
+    """Of this tree, and whether it is changed."""
     argv = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     return subprocess.run(argv, check=True, capture_output=True, text=True).stdout.strip()
 
@@ -83,7 +85,7 @@ def _run(options: argparse.Namespace) -> None:
         guest.install(packages())
         guest.run("rm -rf /etc/qemu/fsfreeze-hook*")  # which came with qemu-ga, and would be run by us only
         kernel = guest.run(["uname", "-r"]).stdout.strip()
-        facts = {"commit": _commit(), "kernel": kernel, "date": time.strftime("%Y-%m-%d")}
+        facts = {"commit": read_commit(), "kernel": kernel, "date": time.strftime("%Y-%m-%d")}
         for name in options.only or CASES:
             count, load = CASES[name]
             results = [result | facts for result in time_case(guest, count, load, options.pairs)]

@@ -1,4 +1,4 @@
-"""A short run of the benchmark: that it measures. What it must show is for `make bench` to say, on a quiet machine."""
+"""Short runs of the benchmarks: that they measure. What they must show is for `make bench` to say, on a quiet one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from collections.abc import Callable
 from tests.lab.guest import Guest
 from tests.vm.bench import time_case
 from tests.vm.bench_figures import compare
+from tests.vm.bench_machine import GIB, boot
+from tests.vm.bench_memory import run_pair
+from tests.vm.bench_memory_figures import compare as compare_memory
 
 PAIRS = 2
 
@@ -18,3 +21,18 @@ def test_both_agents_freeze_four_file_systems_under_buffered_writes(
     measured(f"longest write gap, four file systems under buffered writes, Ballast and qemu-ga: {case.gap}")
     assert case.pairs == PAIRS
     assert case.gap.ratio > 0
+
+
+def test_memory_is_taken_and_given_by_everybody(measured: Callable[[str], None]) -> None:
+    with boot(2 * GIB) as machine:
+        lines = [line for name in ("hot", "boot", "hotadd-8") for line in run_pair(machine, name, 1)]
+    comparisons = compare_memory(lines)
+    for comparison in comparisons:
+        measured(f"{comparison.measure}, Ballast and {comparison.peer}: {comparison.time}")
+    assert {one.measure for one in comparisons} == {
+        "reclaim-hot", "return-hot", "reclaim-boot", "return-boot", "hotadd-8"
+    }  # fmt: skip
+    for line in lines:
+        if line["measure"].startswith("reclaim") and line["contender"] == "ballast":
+            before_mib, after_mib = line["host_mib"]
+            assert before_mib - after_mib > 0.9 * line["mib"]

@@ -139,21 +139,31 @@ print(kib("VmLck"), kib("VmRSS") - before)
 async def test_uevents_of_one_subsystem_come_from_the_kernel(make_loop_fs: MakeLoopFs) -> None:
     """A synthetic one, of our own loop device (Documentation/ABI/testing/sysfs-uevent)."""
     device = Path(f"/sys/dev/block/{make_loop_fs().device}").resolve()
-    uevents, readable = UeventSocket("block"), asyncio.Event()
-    loop = asyncio.get_running_loop()
-    loop.add_reader(uevents.fileno(), readable.set)
-    try:
-        (device / "uevent").write_text("change")
-        heard: list[Uevent | None] = []
-        async with asyncio.timeout(DEADLINE_S):
-            while Uevent("change", "block", device.name) not in heard:
-                readable.clear()
-                await readable.wait()
-                heard += uevents.read()
-    finally:
-        loop.remove_reader(uevents.fileno())
-    assert {uevent.subsystem for uevent in heard if uevent} == {"block"}
-    assert list(uevents.read()) == []
+    readable, loop = asyncio.Event(), asyncio.get_running_loop()
+    with contextlib.closing(UeventSocket("block")) as uevents:
+        loop.add_reader(uevents.fileno(), readable.set)
+        try:
+            (device / "uevent").write_text("change")
+            heard: list[Uevent | None] = []
+            async with asyncio.timeout(DEADLINE_S):
+                while Uevent("change", "block", device.name) not in heard:
+                    readable.clear()
+                    await readable.wait()
+                    heard += uevents.read()
+        finally:
+            loop.remove_reader(uevents.fileno())
+        assert {uevent.subsystem for uevent in heard if uevent} == {"block"}
+        assert list(uevents.read()) == []
+
+
+def test_that_uevents_were_lost_is_told(make_loop_fs: MakeLoopFs) -> None:
+    device = Path(f"/sys/dev/block/{make_loop_fs().device}").resolve()
+    with contextlib.closing(UeventSocket("block")) as uevents:
+        for _ in range(2000):  # ten times what the socket's buffer holds
+            (device / "uevent").write_text("change")
+        heard = list(uevents.read())
+    assert None in heard
+    assert Uevent("change", "block", device.name) in heard
 
 
 # quiesce/leftovers.py: whom to thaw

@@ -69,6 +69,7 @@ backup-trials: $(VENV) $(DEBS) ## 40 backups' frozen windows; then tools killed 
 bench: $(VENV) $(DEBS) ## freezes beside qemu-ga, memory beside virtio-balloon, virtio-mem and udev; into docs/benchmarks.md
 	.venv/bin/python -m tests.vm.bench --document docs/benchmarks.md
 	.venv/bin/python -m tests.vm.bench_memory --document docs/benchmarks.md
+	.venv/bin/python -m tests.vm.bench_idle --document docs/benchmarks.md
 
 clean: ## remove what make has built; guests' images stay in the cache
 	rm -rf .venv dist agent/*.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

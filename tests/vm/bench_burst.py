@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 
-from tests.lab.demo_memory import EVENT_TIMEOUT_S, TRIGGER, Ear, Sample, read_samples, start_load, stop_load
+from tests.lab.demo_memory import EVENT_TIMEOUT_S, LOG, TRIGGER, Ear, Sample, read_samples, start_load, stop_load
 from tests.vm.bench_hotadd import Heard, listening, plug, unplug
 from tests.vm.bench_machine import BenchFailed, Machine
 from tests.vm.bench_memory_figures import KERNEL, Line
@@ -22,6 +22,7 @@ STALL_US = 10_000
 
 def measure_burst(machine: Machine, contender: str) -> list[Line]:
     """One burst, and one DIMM for it."""
+    machine.guest.run(["rm", "-f", LOG])  # of the burst before
     if contender == KERNEL:
         machine.let_kernel("online_movable")
     with our_turn(machine):

@@ -22,9 +22,9 @@ from tests.vm.bench_memory_figures import BALLAST, VIRTIO_BALLOON, Line
 from tests.vm.bench_reclaim import deflate, inflate, our_turn
 
 PROGRAM = "/run/bench-work.py"
-ROUNDS, WORK_BYTES = 60, 256 * MIB
+ROUNDS, WORK_BYTES = 30, 256 * MIB
 TAKEN_BYTES = 768 * MIB
-HELD_S = 8.0
+HELD_S = 6.0
 SAMPLE_S = 0.1
 
 

@@ -29,11 +29,11 @@ LOOK_EVERY_S = 0.005
 WATCH = "/run/bench-watch.py"
 _DEVICE = "/machine/peripheral/virtio-mem"
 _CONFIGURATION = "/etc/ballast/agent.d/bench.toml"
-# All that a program can have without others being driven out is written, and free again.
+# All that is free is written and free again, but for what Linux keeps free by itself.
 _TOUCH = """
 import mmap, re
-available_bytes = 1024 * int(re.search("MemAvailable: *([0-9]+)", open("/proc/meminfo").read())[1])
-memory = mmap.mmap(-1, available_bytes - (160 << 20), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+free_bytes = 1024 * int(re.search("MemFree: *([0-9]+)", open("/proc/meminfo").read())[1])
+memory = mmap.mmap(-1, free_bytes - (80 << 20), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 memory.madvise(23)  # MADV_POPULATE_WRITE
 """
 
@@ -98,7 +98,7 @@ class Machine:
         self.guest.run(f"echo {policy} >/sys/devices/system/memory/auto_online_blocks")
 
     def touch(self) -> None:
-        """Have a program write all memory that there is, and end: for the host it is in use, for the guest free."""
+        """Have a program write all memory that is free, and end: the host has given it, and the guest needs it not."""
         self.guest.run(["/usr/bin/python3", "-IBc", _TOUCH], timeout_s=TIMEOUT_S)
 
     # Devices of its peers

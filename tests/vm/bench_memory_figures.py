@@ -13,9 +13,10 @@ BALLAST, VIRTIO_BALLOON, VIRTIO_MEM = "ballast", "virtio-balloon", "virtio-mem"
 UDEV, KERNEL, ALONE = "udev rule", "kernel", "left alone"
 TITLES = {
     "reclaim-hot": "reclaim, 1 GiB of hot-added memory",
-    "return-hot": "return of it",
+    "return-hot": "return of 1 GiB of hot-added memory",
     "reclaim-boot": "reclaim, 512 MiB of boot memory",
-    "return-boot": "return of it",
+    "reclaim-boot-first": "reclaim, 512 MiB of boot memory, with the start of our balloon's process",
+    "return-boot": "return of 512 MiB of boot memory",
     "hotadd-8": "hot-add, first block seen to all online, 8 blocks",
     "hotadd-64": "hot-add, first block seen to all online, 64 blocks",
     "burst": "first stall of a burst to its first new block",

@@ -19,8 +19,6 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from ballast import __version__
 from ballast.guest.bus import Bus
 from ballast.guest.commands.agent import AgentCommands, Sources
@@ -34,6 +32,7 @@ from ballast.guest.linux.tree import Tree
 from ballast.guest.linux.uevents import UeventSocket
 from ballast.guest.memory.balloon import Balloon
 from ballast.guest.memory.blocks import Blocks
+from ballast.guest.memory.decisions import Decisions
 from ballast.guest.memory.holder_protocol import CHUNK_BYTES
 from ballast.guest.memory.hotplug import Hotplug
 from ballast.guest.memory.leaving import Leaving
@@ -89,7 +88,7 @@ class Daemon:
         sources = Sources(self._pressure.watch, facts.report_every)
         token = _read_token()
         table.add(AgentCommands(table, events, sources, version=__version__, token=token, read_status=self.status))
-        table.add(MemoryCommands(facts, blocks, Offline(tree, blocks, leaving), self._balloon))
+        table.add(MemoryCommands(facts, blocks, Offline(tree, blocks, leaving), self._balloon, Decisions()))
         table.add(QuiesceCommands(self._quiesce))
         self._dbus = dbus.Dbus(
             bus, events, table.answer, self._services, version=__version__, balloon_bytes=lambda: self._balloon.bytes
@@ -100,16 +99,18 @@ class Daemon:
 
     def status(self) -> names.AgentStatus:
         """``ballast-agent-status``."""
+        page_size_bytes = os.sysconf("SC_PAGESIZE")
+        resident_pages = int(self._tree.read("proc/self/statm").split()[1])
         return names.AgentStatus(
             version=__version__,
             protocol=names.PROTOCOL,
             features=["memory", "balloon", "quiesce"],
             boot_id=self._boot_id,
-            page_size_bytes=os.sysconf("SC_PAGESIZE"),
+            page_size_bytes=page_size_bytes,
             limits=names.Limits(LEASE_MAX_MS, CHUNK_BYTES, LINE_LIMIT_BYTES),
             uptime_ms=round(1000 * (time.monotonic() - self._started_s)),
             peers=len(self._peers),
-            rss_bytes=psutil.Process().memory_info().rss,
+            rss_bytes=resident_pages * page_size_bytes,
             psi=self._pressure.is_available,
             pin=self._balloon.pin(),
             guard=self._quiesce.guard_state(),

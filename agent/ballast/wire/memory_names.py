@@ -11,6 +11,36 @@ from typing import Literal
 Level = Literal["low", "medium", "critical"]
 StallKind = Literal["some", "full"]
 Zone = Literal["auto", "kernel", "movable"]
+# What became of memory, and why: docs/protocol.md explains the words.
+Change = Literal[
+    "onlined-movable",
+    "onlined-kernel",
+    "online-failed",
+    "offlined",
+    "offline-failed",
+    "inflated",
+    "not-inflated",
+    "deflated",
+    "gave-way",
+    "holder-lost",
+    "policy-set",
+    "policy-restored",
+]
+ChangeReason = Literal[
+    "asked",
+    "zone-rule",
+    "not-unplugged",
+    "floor",
+    "pressure",
+    "short",
+    "moved",
+    "suspend",
+    "no-room",
+    "deadline",
+    "kernel",
+    "configured",
+    "killed",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +181,20 @@ class BalloonRanges:
     generation: int
     total_bytes: int
     ranges: Ranges
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """A change of memory, or one that did not come about, of so many bytes; ``numbers`` are what it was decided from.
+
+    ``at_ms``: by the guest's clock, since 1970. The numbers carry their units in their names.
+    """
+
+    at_ms: int
+    change: Change
+    bytes: int
+    reason: ChangeReason
+    numbers: dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,6 +61,7 @@ def test_every_record_comes_back_as_it_was(kind: type[Any], data: st.DataObject)
         (names.WriterResult, "name state reason ms"),
         (names.QuiesceEnded, "held held-ms thaw-ms reason filesystems writers"),
         (names.QuiesceStatus, "state id lease-left-ms filesystems"),
+        (memory_names.Decision, "at-ms change bytes reason numbers"),
         (memory_names.PsiTrigger, "kind stall-us window-us"),
     ],
 )

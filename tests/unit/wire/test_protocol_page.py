@@ -73,6 +73,11 @@ def test_the_table_names_every_event() -> None:
     assert set(rows_of(r"`(BALLAST_[A-Z_]+)`")) == set(NAMES)
 
 
+def test_what_changes_memory_and_why_is_told_in_full() -> None:
+    for word in typing.get_args(memory_names.Change) + typing.get_args(memory_names.ChangeReason):
+        assert re.search(rf"^[|-] [^|:]*`{word}`[,:| ]", PAGE.partition("### Explain")[2], re.MULTILINE), word
+
+
 def test_why_a_freeze_did_not_hold_is_told_in_full() -> None:
     for reason in typing.get_args(names.EndReason):
         assert f"`{reason}`" in PAGE

@@ -11,6 +11,7 @@ from typing import Literal
 from ballast.guest.dispatch import command
 from ballast.guest.memory.balloon import Balloon
 from ballast.guest.memory.blocks import Blocks
+from ballast.guest.memory.decisions import Decisions
 from ballast.guest.memory.offline import TIMEOUT_S, Offline
 from ballast.guest.memory.status import MemoryFacts
 from ballast.wire.errors import BadRequest
@@ -18,6 +19,7 @@ from ballast.wire.memory_names import (
     BalloonDeflated,
     BalloonInflated,
     BalloonRanges,
+    Decision,
     MemoryStatus,
     OfflineResult,
     OnlineResult,
@@ -56,16 +58,24 @@ class GuestMemoryBlockInfo:
 class MemoryCommands:
     """Thin: the facts come from ``memory.status``, the hands are ``memory.blocks``, ``.offline`` and ``.balloon``."""
 
-    def __init__(self, facts: MemoryFacts, blocks: Blocks, offline: Offline, balloon: Balloon) -> None:
+    def __init__(
+        self, facts: MemoryFacts, blocks: Blocks, offline: Offline, balloon: Balloon, decisions: Decisions
+    ) -> None:
         self._facts = facts
         self._blocks = blocks
         self._offline = offline
         self._balloon = balloon
+        self._decisions = decisions
 
     @command("ballast-memory-status", while_frozen=True)
     async def status(self) -> MemoryStatus:
         """All about memory in one reading. Since 0.1."""
         return self._facts.read()
+
+    @command("ballast-memory-explain", while_frozen=True)
+    async def explain(self) -> list[Decision]:
+        """What changed memory lately, from which numbers and why; the newest last. Since 0.3."""
+        return self._decisions.last()
 
     @command("ballast-memory-online", audited=True)
     async def online(

@@ -15,9 +15,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import psutil
-
 from ballast.guest.events import Events
+from ballast.guest.linux.meminfo import parse_meminfo
 from ballast.guest.linux.tree import Tree
 from ballast.guest.linux.zones import parse_zoneinfo
 from ballast.guest.memory import holder_protocol as protocol
@@ -270,9 +269,9 @@ class Balloon:
 
     def look(self) -> Readings:
         """What decides how much can be taken or must be given back, read now."""
-        memory = psutil.virtual_memory()
+        memory = parse_meminfo(self._tree.read("proc/meminfo"))
         zones = parse_zoneinfo(self._tree.read("proc/zoneinfo"))
-        return Readings(memory.total, memory.available, memory.free, zones, _PAGE_BYTES, self.bytes)
+        return Readings(memory.total_bytes, memory.available_bytes, memory.free_bytes, zones, _PAGE_BYTES, self.bytes)
 
     def _room_bytes(self) -> int:
         if time.monotonic() < self._gave_way_at_s + HOLD_OFF_S:

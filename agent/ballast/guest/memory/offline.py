@@ -11,8 +11,7 @@ import errno
 import time
 from collections.abc import Sequence
 
-import psutil
-
+from ballast.guest.linux.meminfo import parse_meminfo
 from ballast.guest.linux.tree import Tree
 from ballast.guest.memory.blocks import MEMORY, Blocks
 from ballast.guest.memory.dimms import Dimm, read_dimms
@@ -129,9 +128,9 @@ class Offline:
 
     def _has_room(self, going_bytes: int) -> bool:
         """Whether the rest of memory has room for what is in use: without, the kernel would only drive all out."""
-        memory, swap = psutil.virtual_memory(), psutil.swap_memory()
-        left_bytes: int = memory.available + swap.free - going_bytes
-        return left_bytes >= floor_bytes(memory.total - going_bytes)
+        memory = parse_meminfo(self._tree.read("proc/meminfo"))
+        left_bytes = memory.available_bytes + memory.swap_free_bytes - going_bytes
+        return left_bytes >= floor_bytes(memory.total_bytes - going_bytes)
 
     def _result(self, index: int, zones: dict[int, Zone], reasons: dict[int, str]) -> BlockResult:
         if index in reasons:

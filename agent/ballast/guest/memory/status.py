@@ -1,14 +1,12 @@
-"""All about memory in one record: totals from psutil, pressure, demand, blocks."""
+"""All about memory in one record: totals, pressure, demand, blocks."""
 
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Callable
 
-import psutil
-
 from ballast.guest.events import Subscription
+from ballast.guest.linux.meminfo import parse_meminfo
 from ballast.guest.linux.tree import Tree
 from ballast.guest.memory.balloon import Balloon
 from ballast.guest.memory.blocks import Blocks
@@ -16,8 +14,6 @@ from ballast.guest.memory.demand import demand_parts
 from ballast.guest.memory.pressure import Pressure, level_of
 from ballast.wire import memory_names as names
 from ballast.wire.shape import to_wire
-
-_COMMITTED = re.compile(r"^Committed_AS: +(\d+) kB", re.MULTILINE)
 
 
 class MemoryFacts:
@@ -29,24 +25,23 @@ class MemoryFacts:
         self._blocks = blocks
         self._balloon = balloon
         self._boot_id = boot_id
-        psutil.PROCFS_PATH = str(tree.path("proc"))
 
     def read(self) -> names.MemoryStatus:
         """One consistent reading of everything; a few milliseconds."""
-        memory, swap = psutil.virtual_memory(), psutil.swap_memory()
+        memory = parse_meminfo(self._tree.read("proc/meminfo"))
         stalls = self._pressure.read()
         balloon = self._balloon.state()
         # The balloon's pages are no need of the guest's, although the kernel counts them as used.
-        parts = demand_parts(total_bytes=memory.total - balloon.bytes, available_bytes=memory.available)
+        parts = demand_parts(total_bytes=memory.total_bytes - balloon.bytes, available_bytes=memory.available_bytes)
         return names.MemoryStatus(
             boot_id=self._boot_id,
-            total_bytes=memory.total,
-            available_bytes=memory.available,
-            free_bytes=memory.free,
-            cached_bytes=memory.cached,
-            committed_bytes=self._committed_bytes(),
-            swap_total_bytes=swap.total,
-            swap_free_bytes=swap.free,
+            total_bytes=memory.total_bytes,
+            available_bytes=memory.available_bytes,
+            free_bytes=memory.free_bytes,
+            cached_bytes=memory.cached_bytes,
+            committed_bytes=memory.committed_bytes,
+            swap_total_bytes=memory.swap_total_bytes,
+            swap_free_bytes=memory.swap_free_bytes,
             psi=names.Pressure(_stall(stalls.some), _stall(stalls.full)) if stalls else None,
             level=level_of(stalls.some.avg10, stalls.full.avg10) if stalls else "low",
             demand_bytes=sum(parts.values()),
@@ -73,11 +68,6 @@ class MemoryFacts:
 
         timer = loop.call_later(0, report)
         return stop
-
-    def _committed_bytes(self) -> int:
-        """Committed_AS, which psutil leaves out (Documentation/filesystems/proc.rst); in KiB there."""
-        match = _COMMITTED.search(self._tree.read("proc/meminfo"))
-        return 1024 * int(match.group(1)) if match else 0
 
 
 def _stall(line: object) -> names.Stall:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 from typing import Any
 
-import psutil
 import pytest
 
 from ballast.guest.commands.memory import MemoryCommands
@@ -14,6 +13,7 @@ from ballast.guest.events import Events
 from ballast.guest.linux.tree import Tree
 from ballast.guest.memory.balloon import Balloon
 from ballast.guest.memory.blocks import MEMORY, Blocks
+from ballast.guest.memory.decisions import Decisions
 from ballast.guest.memory.leaving import Leaving
 from ballast.guest.memory.offline import Offline
 from ballast.guest.memory.pressure import Pressure
@@ -23,18 +23,12 @@ from tests.unit.guest.conftest import MakeTree
 from tests.unit.guest.test_dispatch import Friend
 
 
-@pytest.fixture(autouse=True)
-def own_procfs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """MemoryFacts points psutil at a tree; it gets its own back afterwards."""
-    monkeypatch.setattr(psutil, "PROCFS_PATH", "/proc")
-
-
 def make_table(tree: Tree) -> Table:
     table = Table(is_frozen=lambda: False)
     blocks, balloon = Blocks(tree), Balloon(tree, Events(), boot_id="b")
     facts = MemoryFacts(tree, Pressure(tree, max_triggers=1), blocks, balloon, boot_id="b")
     offline = Offline(tree, blocks, Leaving(tree.path("leaving.json")))
-    table.add(MemoryCommands(facts, blocks, offline, balloon))
+    table.add(MemoryCommands(facts, blocks, offline, balloon, Decisions()))
     return table
 
 

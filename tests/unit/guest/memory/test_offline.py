@@ -11,7 +11,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from ballast.guest.memory.blocks import MEMORY, Blocks
@@ -23,7 +22,8 @@ from ballast.wire.memory_names import DimmResult, OfflineResult
 from tests.unit.guest.conftest import MakeTree
 
 SIZE_BYTES = 128 << 20
-MEMINFO = "".join(f"{name}: 0 kB\n" for name in ("MemFree", "Buffers", "Cached", "Shmem", "Active", "Inactive"))
+MEMINFO: tuple[str, ...] = ("MemFree", "Cached", "SReclaimable", "SwapCached", "Committed_AS")
+MEMINFO += ("Active(anon)", "Inactive(anon)", "Active(file)", "Inactive(file)")
 
 
 def address(block: int) -> int:
@@ -36,12 +36,12 @@ class Guest:
     def __init__(
         self, make_tree: MakeTree, dimms: dict[int, list[str]], *, available_mib: int = 4096, swap_mib: int = 0
     ) -> None:
-        sizes = {"MemTotal": 8192, "MemAvailable": available_mib, "SwapTotal": swap_mib, "SwapFree": swap_mib}
-        meminfo = MEMINFO + "".join(f"{name}: {mib << 10} kB\n" for name, mib in sizes.items())
+        sizes = dict.fromkeys(MEMINFO, 0) | {"MemTotal": 8192, "MemAvailable": available_mib}
+        sizes |= {"SwapTotal": swap_mib, "SwapFree": swap_mib}
+        meminfo = "".join(f"{name}: {mib << 10} kB\n" for name, mib in sizes.items())
         files = {
             f"{MEMORY}/block_size_bytes": "8000000\n",
             "proc/meminfo": meminfo,
-            "proc/vmstat": "pswpin 0\npswpout 0\n",
         }
         blocks: dict[int, tuple[str, int | None]] = dict.fromkeys(range(8), ("none", None))
         blocks |= {first + n: (zone, first) for first, zones in dimms.items() for n, zone in enumerate(zones)}
@@ -64,11 +64,6 @@ class Guest:
         state = self.tree.path(f"{MEMORY}/memory{index}/state")
         state.unlink()
         state.symlink_to("/proc/version")
-
-
-@pytest.fixture(autouse=True)
-def own_procfs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(psutil, "PROCFS_PATH", str(tmp_path / "kernel/proc"))
 
 
 def told(result: OfflineResult) -> dict[int, tuple[str, str | None]]:

@@ -6,7 +6,6 @@ import asyncio
 import re
 from typing import Any
 
-import psutil
 import pytest
 
 from ballast.guest.events import Events, Subscription
@@ -20,8 +19,7 @@ from ballast.wire.message import Event
 
 
 @pytest.fixture
-def facts(recorded: Tree, monkeypatch: pytest.MonkeyPatch) -> MemoryFacts:
-    monkeypatch.setattr(psutil, "PROCFS_PATH", "/proc")  # which it sets, and gets back afterwards
+def facts(recorded: Tree) -> MemoryFacts:
     balloon = Balloon(recorded, Events(), boot_id="a-b")
     return MemoryFacts(recorded, Pressure(recorded, max_triggers=1), Blocks(recorded), balloon, boot_id="a-b")
 

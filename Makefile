@@ -8,7 +8,7 @@ DEBS   := dist/.complete
 # The same as another version, for trying upgrades and downgrades.
 NEXT   := dist/next/.complete
 
-.PHONY: help deps venv lint packages test test-unit test-kernel test-vm demo faults crash balloon-faults balloon-trials dimms backups backup-trials bench clean
+.PHONY: help deps venv lint packages test test-unit test-kernel test-vm demo faults crash balloon-faults balloon-trials dimms backups backup-trials idle bench clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -66,6 +66,10 @@ backup-trials: $(VENV) $(DEBS) ## 40 backups' frozen windows; then tools killed 
 	.venv/bin/python -m tests.vm.backup_trials stalled
 
 # The memory benchmarks may be interrupted, too.
+idle: $(VENV) $(DEBS) ## ten minutes of nothing in a guest of each Debian: wake-ups, CPU and memory of each process
+	.venv/bin/python -m tests.vm.idle --suite trixie
+	.venv/bin/python -m tests.vm.idle --suite bookworm
+
 bench: $(VENV) $(DEBS) ## freezes beside qemu-ga, memory beside virtio-balloon, virtio-mem and udev; into docs/benchmarks.md
 	.venv/bin/python -m tests.vm.bench --document docs/benchmarks.md
 	.venv/bin/python -m tests.vm.bench_memory --document docs/benchmarks.md

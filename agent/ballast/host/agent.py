@@ -16,6 +16,7 @@ from ballast.wire.memory_names import (
     BalloonDeflated,
     BalloonInflated,
     BalloonRanges,
+    Decision,
     DemandInterval,
     MemoryStatus,
     OfflineResult,
@@ -125,6 +126,10 @@ class Agent(Connection):
     async def memory_status(self) -> MemoryStatus:
         """What the guest has, uses and wants."""
         return await self._ask(MemoryStatus, "ballast-memory-status")
+
+    async def memory_explain(self) -> list[Decision]:
+        """What changed memory lately, from which numbers and why; the newest last."""
+        return await self._ask(list[Decision], "ballast-memory-explain")
 
     async def memory_online(
         self,

@@ -89,7 +89,7 @@ def _make_parser() -> argparse.ArgumentParser:
     online.add_argument("--zone", choices=["auto", "kernel", "movable"], help="default: auto")
     _add_offline(add("offline", memory_verbs.offline, "have the guest stop using hot-added memory", examples.OFFLINE))
     _add_balloon(_add_group(commands, "balloon", "give boot memory back to the host, or let the guest have it again"))
-    _add_memory(_add_group(commands, "memory", "plug in and take out memory"))
+    _add_memory(_add_group(commands, "memory", "plug in and take out memory, and why it changed"))
     backups = _add_group(commands, "backup", "back up a running machine, and what one does with backups")
     common, for_all = _make_common(), _make_common(is_target_optional=True)
     add_backup(backups, partial(_add_verb, backups), common, for_all, _add_scope)
@@ -147,6 +147,8 @@ def _add_memory(group: Any) -> None:
     )
     _add_qmp(remove)
     _add_offline_timeout(remove)
+    about = "what changed memory lately, from which numbers and why"
+    _add_verb(group, [_make_common()], "explain", memory_verbs.explain, about, examples.MEMORY_EXPLAIN)
 
 
 def _make_size(about: str) -> argparse.ArgumentParser:

@@ -95,6 +95,13 @@ examples:
 
 Whole DIMMs of exactly that size in all, ballast-N before others. One that does not come off is in use as before."""
 
+MEMORY_EXPLAIN = """\
+examples:
+  ballastctl memory explain web1
+  ballastctl memory explain web1 --json | jq '.[] | select(.change == "gave-way") | .numbers'
+
+The last 64 since the agent started. The guest's journal has all: journalctl -u ballast-agent BALLAST_CHANGE=gave-way"""
+
 BACKUP_CREATE = """\
 examples:
   ballastctl backup create web1

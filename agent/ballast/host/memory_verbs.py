@@ -93,6 +93,14 @@ async def balloon_show(args: argparse.Namespace, connect: Connect) -> int:
     return Exit.DONE
 
 
+async def explain(args: argparse.Namespace, connect: Connect) -> int:
+    """What changed memory lately, from which numbers and why."""
+    async with connect() as agent:
+        decisions = await agent.memory_explain()
+    put_json(decisions) if args.json else put_tables([memory_view.decisions_table(decisions)])
+    return Exit.DONE
+
+
 async def memory_add(args: argparse.Namespace, connect: Connect) -> int:
     """Plug in a DIMM and have it online, or leave all as it was."""
     async with _agent_and_qmp(args, connect) as (agent, qmp):

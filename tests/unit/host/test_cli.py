@@ -16,7 +16,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 VERBS = [
     *("status", "watch", "forecast", "freeze", "thaw", "online", "offline"),
-    *("balloon set", "balloon show", "memory add", "memory remove"),
+    *("balloon set", "balloon show", "memory add", "memory remove", "memory explain"),
 ]
 
 

@@ -136,6 +136,23 @@ print(kib("VmLck"), kib("VmRSS") - before)
     assert grown_kib < 1024
 
 
+def test_a_process_can_do_without_huge_pages() -> None:
+    program = """
+from pathlib import Path
+from ballast.guest.linux.mman import avoid_huge_pages
+
+def allowed():
+    return [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("THP_enabled:")]
+
+before = allowed()
+avoid_huge_pages()
+print(before, allowed())
+"""
+    command = ["/usr/bin/python3", "-B", "-c", program]
+    ran = subprocess.run(command, env={"PYTHONPATH": str(AGENT)}, check=True, capture_output=True, text=True)
+    assert ran.stdout == "['THP_enabled:\\t1'] ['THP_enabled:\\t0']\n"
+
+
 async def test_uevents_of_one_subsystem_come_from_the_kernel(make_loop_fs: MakeLoopFs) -> None:
     """A synthetic one, of our own loop device (Documentation/ABI/testing/sysfs-uevent)."""
     device = Path(f"/sys/dev/block/{make_loop_fs().device}").resolve()

@@ -65,11 +65,11 @@ backup-trials: $(VENV) $(DEBS) ## 40 backups' frozen windows; then tools killed 
 	.venv/bin/python -m tests.vm.backup_trials full
 	.venv/bin/python -m tests.vm.backup_trials stalled
 
-# The memory benchmarks may be interrupted, too.
 idle: $(VENV) $(DEBS) ## ten minutes of nothing in a guest of each Debian: wake-ups, CPU and memory of each process
 	.venv/bin/python -m tests.vm.idle --suite trixie
 	.venv/bin/python -m tests.vm.idle --suite bookworm
 
+# The memory benchmarks may be interrupted, too.
 bench: $(VENV) $(DEBS) ## freezes beside qemu-ga, memory beside virtio-balloon, virtio-mem and udev; into docs/benchmarks.md
 	.venv/bin/python -m tests.vm.bench --document docs/benchmarks.md
 	.venv/bin/python -m tests.vm.bench_memory --document docs/benchmarks.md

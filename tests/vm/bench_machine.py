@@ -18,7 +18,7 @@ from ballast.host import linux
 from ballast.host.agent import Agent
 from tests.lab.guest import Guest
 from tests.lab.image import build
-from tests.vm.conftest import packages
+from tests.vm.conftest import DIST, packages
 
 MIB, GIB = 1 << 20, 1 << 30
 BLOCK_BYTES = 128 * MIB
@@ -52,8 +52,8 @@ def wait(is_so: Callable[[], bool]) -> None:
 
 
 @contextlib.contextmanager
-def boot(memory_bytes: int) -> Iterator[Machine]:
-    """A guest with that much boot memory and all contenders, of which none does anything yet."""
+def boot(memory_bytes: int, folder: Path = DIST) -> Iterator[Machine]:
+    """A guest with that much boot memory and all contenders, ours from that folder; none does anything yet."""
     memory = f"memory-backend-memfd,id=virtio-mem-ram,size={VIRTIO_MEM_BYTES},share=on,reserve=off"
     devices = [
         *("-m", f"maxmem={MAX_BYTES}B"),
@@ -67,7 +67,7 @@ def boot(memory_bytes: int) -> Iterator[Machine]:
         # Beside virtio-balloon ours stays empty unless it is told otherwise.
         if "balloon" in {one.name for one in dataclasses.fields(config.Memory)}:
             guest.put(_CONFIGURATION, b'[memory]\nballoon = "always"\n')
-        guest.install(packages())
+        guest.install(packages(folder))
         guest.put(WATCH, Path(__file__).with_name("bench_watch.py").read_bytes())
         machine = Machine(guest)
         machine.stop_agent()

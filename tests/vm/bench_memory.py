@@ -42,6 +42,7 @@ from tests.vm.bench_memory_figures import (
     table,
 )
 from tests.vm.bench_reclaim import measure_boot, measure_hot
+from tests.vm.conftest import DIST
 
 MARK = "memory figures"
 
@@ -96,7 +97,7 @@ def run(options: argparse.Namespace) -> None:
         there = len({line["run"] for line in before if line["benchmark"] == name})
         if there >= options.pairs:
             continue
-        with boot(BENCHMARKS[name].memory_bytes) as machine, options.results.open("a") as file:
+        with boot(BENCHMARKS[name].memory_bytes, options.packages) as machine, options.results.open("a") as file:
             kernel = machine.guest.run(["uname", "-r"]).stdout.strip()
             facts = {"commit": commit, "kernel": kernel, "date": time.strftime("%Y-%m-%d")}
             run_pair(machine, name, 0)  # the rehearsal
@@ -129,6 +130,7 @@ def main() -> int:
     parser.add_argument("benchmarks", nargs="*", choices=list(BENCHMARKS), help="all")
     parser.add_argument("--pairs", type=int, default=15, help="turns of each contender (15)")
     parser.add_argument("--results", type=Path, default=Path("bench-memory.jsonl"), help="added to, bench-memory.jsonl")
+    parser.add_argument("--packages", type=Path, default=DIST, help="where ours are (dist)")
     parser.add_argument("--document", type=Path, help="a Markdown file that the table goes into")
     options = parser.parse_args()
     run(options)

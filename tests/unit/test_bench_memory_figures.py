@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
+import pytest
+
+from tests.vm import bench_idle
+from tests.vm.bench_memory import read_lines
 from tests.vm.bench_memory_figures import (
     BALLAST,
     KERNEL,
@@ -50,3 +56,24 @@ def test_a_broken_bound_is_told() -> None:
     lines = [line(BALLAST, 1, 50, "hotadd-64"), line(UDEV, 1, 100, "hotadd-64"), line(KERNEL, 1, 40, "hotadd-64")]
     (told,) = broken_bounds(compare(lines))
     assert told == "hot-add, first block seen to all online, 64 blocks: 1.25 times kernel's, not 1.1"
+
+
+def test_results_of_another_commit_are_not_added_to(tmp_path: Path) -> None:
+    results = tmp_path / "results.jsonl"
+    assert read_lines(results, "c") == []
+    results.write_text(json.dumps(line(BALLAST, 1, 1, commit="c", kernel="k")) + "\n")
+    assert [one["ms"] for one in read_lines(results, "c")] == [1]
+    with pytest.raises(SystemExit, match="has results of commit c, and this is d"):
+        read_lines(results, "d")
+
+
+def test_wake_ups_are_told_of_those_that_were_looked_at_while_nothing_happened() -> None:
+    one = {"threads": 1, "wake-ups": 41, "cpu-ms": 12.3, "rss-bytes": 25 << 20, "pss-bytes": 20 << 20}
+    names = ("ballastd", "qemu-ga", "ballast-guard")
+    guest = {"suite": "trixie", "seconds": 600.0, "watchdog-wake-ups": 40}
+    told = bench_idle.table([guest | {"processes": [one | {"name": name} for name in names]}]).splitlines()[2:]
+    assert told == [
+        "| trixie | ballastd | 1 | 600 s | 12 ms | 41 | 40 | 25.0 MiB | 20.0 MiB |",
+        "| trixie | qemu-ga | 1 | 600 s | 12 ms | 41 |  | 25.0 MiB | 20.0 MiB |",
+        "| trixie | ballast-guard | 1 |  |  |  |  | 25.0 MiB | 20.0 MiB |",
+    ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import tomllib
 import typing
 from dataclasses import dataclass, field
@@ -27,6 +28,11 @@ class ConfigError(Exception):
 def between(least: int, most: int) -> dict[str, Any]:
     """Metadata of a field: the range that its value must be in."""
     return {"least": least, "most": most}
+
+
+def shaped(pattern: str, expected: str) -> dict[str, Any]:
+    """Metadata of a field: the regular expression that each string of its list must match, and what that means."""
+    return {"pattern": pattern, "expected": expected}
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +84,24 @@ class Memory:
     online: bool = True
 
 
+# Below the root of control groups, without "." and ".."; ours is what the level leaves out.
+_CONTROL_GROUP = r"(?!ballast\.slice(/|$))(?!\.{1,2}(/|$))[^/]+(/(?!\.{1,2}(/|$))[^/]+)*"
+
+
+@dataclass(frozen=True, slots=True)
+class Pressure:
+    """[pressure]: a level is left when the share of time is below ``ease_percent`` of what it takes to get there."""
+
+    medium_percent: int = field(default=10, metadata=between(1, 100))
+    critical_percent: int = field(default=10, metadata=between(1, 100))
+    ease_percent: int = field(default=50, metadata=between(1, 100))
+    window_ms: int = field(default=1_000, metadata=between(500, 10_000))
+    cgroups: tuple[str, ...] = field(
+        default=(),
+        metadata=shaped(_CONTROL_GROUP, "control groups such as system.slice/postgresql.service, none of ours"),
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Quiesce:
     """[quiesce]: ``lease_ms`` is that of guest-fsfreeze-freeze, which names none."""
@@ -106,6 +130,7 @@ class Config:
     policy: Policy = Policy()
     limits: Limits = Limits()
     memory: Memory = Memory()
+    pressure: Pressure = Pressure()
     quiesce: Quiesce = Quiesce()
     writers: Writers = Writers()
     writer: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -190,10 +215,14 @@ def _check_value(path: Path, where: str, annotation: Any, limits: Any, value: An
         return value
     if annotation is str:
         return _expect(path, where, value, str, "a string")
-    return tuple(
+    strings = tuple(
         _expect(path, where, item, str, "a list of strings")
         for item in _expect(path, where, value, list, "a list of strings")
     )
+    for string in strings:
+        if not re.fullmatch(limits.get("pattern", "(?s).*"), string):
+            raise ConfigError(path, where, f"expected {limits['expected']}, found {string!r}")
+    return strings
 
 
 def _expect(path: Path, where: str, value: Any, kind: type[T], expected: str) -> T:

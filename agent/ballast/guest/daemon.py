@@ -70,16 +70,18 @@ class Daemon:
         self._started_s = time.monotonic()
         self._port_changed = asyncio.Event()
         self._boot_id = tree.read("proc/sys/kernel/random/boot_id")
-        self._pressure = Pressure(tree, max_triggers=config.limits.triggers)
+        self._level = PressureLevel(tree, config.pressure, lambda level: self._dbus.set_level(level))
+        self._pressure = Pressure(tree, self._level, max_triggers=config.limits.triggers)
         bus = Bus(dbus.NAME, is_frozen=lambda: self._quiesce.is_frozen)
         self._services = Services(bus, is_frozen=lambda: self._quiesce.is_frozen)
-        self._quiesce = Quiesce(tree, events := Events(), config, self._find_writers)
+        self._events = events = Events()
+        self._quiesce = Quiesce(tree, events, config, self._find_writers)
         self._balloon = Balloon(tree, events, boot_id=self._boot_id)
         self._relief = Relief(self._balloon, self._pressure, events)
         blocks = Blocks(tree, lambda: self._balloon.bytes)
         leaving = Leaving()
         self._hotplug = Hotplug(blocks, leaving, events, online=config.memory.online)
-        facts = MemoryFacts(tree, self._pressure, blocks, self._balloon, boot_id=self._boot_id)
+        facts = MemoryFacts(tree, self._level, blocks, self._balloon, boot_id=self._boot_id)
         policy = config.policy
         table = Table(is_frozen=lambda: self._quiesce.is_frozen, allow=policy.allow, block=policy.block)
         limits = config.limits
@@ -93,7 +95,6 @@ class Daemon:
         self._dbus = dbus.Dbus(
             bus, events, table.answer, self._services, version=__version__, balloon_bytes=lambda: self._balloon.bytes
         )
-        self._level = PressureLevel(self._pressure, self._dbus.set_level)
         if table.unknown:
             raise ConfigError(config_path, "policy", f"no such commands: {', '.join(table.unknown)}")
 
@@ -128,8 +129,9 @@ class Daemon:
         async with asyncio.TaskGroup() as group:
             await self._balloon.recover()
             parts = [self._quiesce.run(), self._hotplug.run(), self._relief.run(), feed_watchdog(), *self._transports()]
+            parts.append(self._level.run(self._events))
             if self._config.dbus.enabled:
-                parts += [self._dbus.run(), self._level.run(), self._services.run(self._quiesce.wait_recovered)]
+                parts += [self._dbus.run(), self._services.run(self._quiesce.wait_recovered)]
             tasks = [group.create_task(part) for part in parts]
             notify("READY=1")
             log.info("ballastd %s is ready", __version__)

@@ -10,6 +10,7 @@ from typing import Literal
 
 Level = Literal["low", "medium", "critical"]
 StallKind = Literal["some", "full"]
+LevelSource = Literal["slices", "system", "vmstat"]
 Zone = Literal["auto", "kernel", "movable"]
 # What became of memory, and why: docs/protocol.md explains the words.
 Change = Literal[
@@ -88,8 +89,18 @@ class KernelBalloon:
 
 
 @dataclass(frozen=True, slots=True)
+class LruLists:
+    """Active memory, used lately, and inactive memory, which goes first: by the kernel's lists, without the balloon."""
+
+    active_anon_bytes: int
+    inactive_anon_bytes: int
+    active_file_bytes: int
+    inactive_file_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class MemoryStatus:
-    """``ballast-memory-status``."""
+    """``ballast-memory-status``. ``psi`` is system-wide; ``level`` is of what ``level_source`` tells."""
 
     boot_id: str
     total_bytes: int
@@ -106,6 +117,9 @@ class MemoryStatus:
     balloon: BalloonState
     blocks: BlockCounts
     kernel_balloon: KernelBalloon | None
+    level_source: LevelSource | None = None
+    psi_cgroups: dict[str, Pressure] | None = None
+    lru: LruLists | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,11 @@ from ballast.guest.config import Agent, Config, ConfigError, Limits, Policy, Tra
 @pytest.mark.parametrize(
     ("text", "key", "reason"),
     [
-        ("[agnet]", "agnet", "unknown table, expected one of agent, transports, dbus, policy, limits, memory, quiesce"),
+        (
+            "[agnet]",
+            "agnet",
+            "unknown table, expected one of agent, transports, dbus, policy, limits, memory, pressure",
+        ),
         ("log-level = 'info'", "log-level", "unknown table"),
         ("agent = 5", "agent", "expected a table"),
         ("[[agent]]", "agent", "expected a table"),
@@ -28,6 +32,14 @@ from ballast.guest.config import Agent, Config, ConfigError, Limits, Policy, Tra
         ("[limits]\npeers = 0", "limits.peers", "expected 1 to 512, found 0"),
         ("[quiesce]\nlease-ms = 600_001", "quiesce.lease-ms", "expected 1000 to 600000, found 600001"),
         ("[quiesce]\nlease-ms = '2m'", "quiesce.lease-ms", "expected a whole number, found '2m'"),
+        ("[pressure]\nease-percent = 0", "pressure.ease-percent", "expected 1 to 100, found 0"),
+        ("[pressure]\nwindow-ms = 499", "pressure.window-ms", "expected 500 to 10000, found 499"),
+        ("[pressure]\ncgroups = ['../etc']", "pressure.cgroups", "expected control groups such as system.slice/"),
+        ("[pressure]\ncgroups = ['a/./b']", "pressure.cgroups", "expected control groups"),
+        ("[pressure]\ncgroups = ['/a']", "pressure.cgroups", "expected control groups"),
+        ("[pressure]\ncgroups = ['a/']", "pressure.cgroups", "expected control groups"),
+        ("[pressure]\ncgroups = ['a', '']", "pressure.cgroups", "expected control groups"),
+        ("[pressure]\ncgroups = ['ballast.slice/x']", "pressure.cgroups", "expected control groups"),
         ("[policy]\nallow = 'guest-ping'", "policy.allow", "expected a list of strings, found 'guest-ping'"),
         ("[policy]\nblock = ['guest-ping', 5]", "policy.block", "expected a list of strings, found 5"),
     ],

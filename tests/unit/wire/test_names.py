@@ -50,7 +50,7 @@ def test_every_record_comes_back_as_it_was(kind: type[Any], data: st.DataObject)
         (
             memory_names.MemoryStatus,
             "boot-id total-bytes available-bytes free-bytes cached-bytes committed-bytes swap-total-bytes "
-            "swap-free-bytes psi level demand-bytes demand balloon blocks kernel-balloon",
+            "swap-free-bytes psi level demand-bytes demand balloon blocks kernel-balloon level-source psi-cgroups lru",
         ),
         (memory_names.Stall, "avg10 avg60 avg300 total-us"),
         (memory_names.BlockCounts, "size-bytes online offline movable-online"),

@@ -9,6 +9,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+PRESSURE_FILE = "proc/pressure/memory"  # and, of a control group, its memory.pressure
 WINDOW_MIN_US, WINDOW_MAX_US = 500_000, 10_000_000
 
 

@@ -1,73 +1,42 @@
-"""Memory pressure from PSI: readings, levels, and events that the kernel sends instead of us asking.
+"""Memory pressure of the whole system, as events that the kernel sends instead of us asking.
 
-Documentation/accounting/psi.rst. A trigger fires at most once a window and shows as POLLPRI, which asyncio's own
-selector does not ask for: each trigger lives in an epoll of its own, itself watched by the event loop. To look at a
-trigger is to use up its event (psi_trigger_poll in kernel/sched/psi.c), and the loop's epoll looks through ours: that
-ours is readable is all there will be to see, and asking it again finds nothing. So there is one for each trigger.
+Documentation/accounting/psi.rst. Triggers are on the system-wide file, which has our own stalls in it; the level that
+an event tells of has not: see ``level``.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import os
-import select
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 
 from ballast.guest.events import Subscription
 from ballast.guest.linux import psi
 from ballast.guest.linux.tree import Tree
+from ballast.guest.memory.groups import OUR_FILE
+from ballast.guest.memory.level import PressureLevel, rank, read_system
+from ballast.guest.memory.trigger import Trigger
 from ballast.wire.errors import AgentError, BadRequest, Busy, KernelFailure, NotSupported
-from ballast.wire.memory_names import Level, PsiTrigger
+from ballast.wire.memory_names import PsiTrigger
 
 log = logging.getLogger(__name__)
 
-PRESSURE_FILE = "proc/pressure/memory"
 DEFAULT_TRIGGERS = (PsiTrigger("some", 150_000, 1_000_000), PsiTrigger("full", 100_000, 1_000_000))
-STALL_PERCENT = 10.0  # from here on ``some`` means medium and ``full`` critical
-
-
-def level_of(some_percent: float, full_percent: float) -> Level:
-    """The level for the shares of time that some task, and every task, was stalled."""
-    if full_percent >= STALL_PERCENT:
-        return "critical"
-    return "medium" if some_percent >= STALL_PERCENT else "low"
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Armed:
-    fd: int
-    epoll: select.epoll
-    trigger: PsiTrigger
-    subscription: Subscription
-    is_ours: bool
 
 
 class Pressure:
-    """The guest's memory pressure. Without PSI in the kernel readings are None and watching is refused."""
+    """The triggers of peers, and of parts of the agent. Without PSI in the kernel watching is refused."""
 
-    def __init__(self, tree: Tree, *, max_triggers: int) -> None:
+    def __init__(self, tree: Tree, level: PressureLevel, *, max_triggers: int) -> None:
         self._tree = tree
+        self._level = level
         self._max_triggers = max_triggers
-        self._armed: set[_Armed] = set()
+        self._theirs: set[Trigger] = set()
 
     @property
     def is_available(self) -> bool:
         """Whether the kernel measures it (CONFIG_PSI, and not switched off by ``psi=0``)."""
-        return self.read() is not None
-
-    def read(self) -> psi.StallFile | None:
-        """Current reading; None without PSI."""
-        try:
-            return psi.parse_stalls(self._tree.read(PRESSURE_FILE))
-        except (OSError, ValueError):
-            return None
-
-    def level(self) -> Level:
-        """The level by the ten-second averages; "low" without PSI."""
-        now = self.read()
-        return level_of(now.some.avg10, now.full.avg10) if now else "low"
+        return read_system(self._tree) is not None
 
     def watch(self, triggers: Sequence[PsiTrigger] | None, subscription: Subscription) -> Callable[[], None]:
         """Arm triggers for a subscriber and return what disarms them. Never blocks.
@@ -77,81 +46,95 @@ class Pressure:
         """
         for trigger in triggers or ():
             _check(trigger)
-        theirs = sum(1 for armed in self._armed if not armed.is_ours)
-        if theirs + len(DEFAULT_TRIGGERS if triggers is None else triggers) > self._max_triggers:
+        if len(self._theirs) + len(DEFAULT_TRIGGERS if triggers is None else triggers) > self._max_triggers:
             raise Busy(f"more than {self._max_triggers} pressure triggers", limit=self._max_triggers)
-        if triggers is None:
-            return self._arm_if_possible(DEFAULT_TRIGGERS, subscription, is_ours=False)
-        return self._arm_all(triggers, subscription, is_ours=False)
+        armed = (
+            self._arm_if_possible(DEFAULT_TRIGGERS, subscription, "a subscriber")
+            if triggers is None
+            else self._arm_all(triggers, subscription)
+        )
+        self._theirs.update(armed)
+
+        def disarm() -> None:
+            self._theirs.difference_update(armed)
+            _close(armed)
+
+        return disarm
 
     def watch_for_us(
         self, subscription: Subscription, triggers: Sequence[PsiTrigger] = DEFAULT_TRIGGERS
     ) -> Callable[[], None]:
         """Arm triggers for a part of the agent: peers cannot use these up. Never blocks, never raises."""
-        return self._arm_if_possible(triggers, subscription, is_ours=True)
+        return partial(_close, self._arm_if_possible(triggers, subscription, "ourselves"))
 
     def _arm_if_possible(
-        self, triggers: Sequence[PsiTrigger], subscription: Subscription, *, is_ours: bool
-    ) -> Callable[[], None]:
+        self, triggers: Sequence[PsiTrigger], subscription: Subscription, whom: str
+    ) -> Sequence[Trigger]:
         try:
-            return self._arm_all(triggers, subscription, is_ours=is_ours)
+            return self._arm_all(triggers, subscription)
         except (NotSupported, KernelFailure) as error:
-            log.warning("no pressure events for %s: %s", "ourselves" if is_ours else "a subscriber", error.desc)
-            return lambda: None
+            log.warning("no pressure events for %s: %s", whom, error.desc)
+            return ()
 
-    def _arm_all(
-        self, triggers: Sequence[PsiTrigger], subscription: Subscription, *, is_ours: bool
-    ) -> Callable[[], None]:
-        armed: list[_Armed] = []
+    def _arm_all(self, triggers: Sequence[PsiTrigger], subscription: Subscription) -> Sequence[Trigger]:
+        armed: list[Trigger] = []
         try:
             for trigger in triggers:
-                one = self._arm(trigger, subscription, is_ours=is_ours)
+                one = self._arm(trigger, subscription)
                 armed.append(one)
         except AgentError:
-            self._disarm(armed)
+            _close(armed)
             raise
-        return lambda: self._disarm(armed)
+        return armed
 
-    def _arm(self, trigger: PsiTrigger, subscription: Subscription, *, is_ours: bool) -> _Armed:
-        path = self._tree.path(PRESSURE_FILE)
+    def _arm(self, wanted: PsiTrigger, subscription: Subscription) -> Trigger:
+        path = self._tree.path(psi.PRESSURE_FILE)
+        ours_us = self._ours_us(wanted)
+
+        def fire() -> None:
+            nonlocal ours_us
+            before_us, ours_us = ours_us, self._ours_us(wanted)
+            if not self._tell(wanted, subscription, ours_us - before_us):
+                trigger.close()
+
         try:
-            fd = psi.open_trigger(path, trigger.kind, stall_us=trigger.stall_us, window_us=trigger.window_us)
+            trigger = Trigger(path, wanted, fire)
         except FileNotFoundError as error:
             raise NotSupported("this kernel has no pressure stall information") from error
         except OSError as error:
             raise KernelFailure.of("arm a trigger on", path, error) from error
-        armed = _Armed(fd, select.epoll(), trigger, subscription, is_ours)
-        armed.epoll.register(fd, select.EPOLLPRI)
-        asyncio.get_running_loop().add_reader(armed.epoll.fileno(), self._fire, armed)
-        self._armed.add(armed)
-        return armed
+        return trigger
 
-    def _disarm(self, triggers: Sequence[_Armed]) -> None:
-        for armed in triggers:
-            if armed in self._armed:
-                self._armed.remove(armed)
-                asyncio.get_running_loop().remove_reader(armed.epoll.fileno())
-                armed.epoll.close()
-                os.close(armed.fd)
-
-    def _fire(self, armed: _Armed) -> None:
-        now = self.read()
-        if armed not in self._armed or now is None:
-            return
-        trigger = armed.trigger
+    def _tell(self, trigger: PsiTrigger, subscription: Subscription, ours_us: int) -> bool:
+        """Send the event; ``ours_us`` of the stall may have been our own. False if nobody takes it."""
+        now = read_system(self._tree)
+        if now is None:
+            return True
         # The averages lag by seconds; the trigger itself says what the last window was like.
-        percent = 100.0 * trigger.stall_us / trigger.window_us
-        full_percent = max(now.full.avg10, percent if trigger.kind == "full" else 0.0)
+        theirs_percent = 100 * max(0, trigger.stall_us - ours_us) / trigger.window_us
+        level = max(self._level.now, self._level.level_of(trigger.kind, theirs_percent), key=rank)
         data = {
-            "level": level_of(max(now.some.avg10, percent), full_percent),
+            "level": level,
             "kind": trigger.kind,
             "stall-us": trigger.stall_us,
             "window-us": trigger.window_us,
             "some-avg10": now.some.avg10,
             "full-avg10": now.full.avg10,
         }
-        if not armed.subscription.send("BALLAST_PRESSURE", data):
-            self._disarm([armed])
+        return subscription.send("BALLAST_PRESSURE", data)
+
+    def _ours_us(self, trigger: PsiTrigger) -> int:
+        """How long our own processes have stalled since boot; 0 where the kernel does not tell."""
+        try:
+            ours = psi.parse_stalls(self._tree.read(OUR_FILE))
+        except (OSError, ValueError):
+            return 0
+        return (ours.some if trigger.kind == "some" else ours.full).total_us
+
+
+def _close(triggers: Sequence[Trigger]) -> None:
+    for trigger in triggers:
+        trigger.close()
 
 
 def _check(trigger: PsiTrigger) -> None:

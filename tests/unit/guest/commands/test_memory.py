@@ -15,8 +15,8 @@ from ballast.guest.memory.balloon import Balloon
 from ballast.guest.memory.blocks import MEMORY, Blocks
 from ballast.guest.memory.decisions import Decisions
 from ballast.guest.memory.leaving import Leaving
+from ballast.guest.memory.level import PressureLevel
 from ballast.guest.memory.offline import Offline
-from ballast.guest.memory.pressure import Pressure
 from ballast.guest.memory.status import MemoryFacts
 from ballast.wire.message import Failure, Reply
 from tests.unit.guest.conftest import MakeTree
@@ -26,7 +26,7 @@ from tests.unit.guest.test_dispatch import Friend
 def make_table(tree: Tree) -> Table:
     table = Table(is_frozen=lambda: False)
     blocks, balloon = Blocks(tree), Balloon(tree, Events(), boot_id="b")
-    facts = MemoryFacts(tree, Pressure(tree, max_triggers=1), blocks, balloon, boot_id="b")
+    facts = MemoryFacts(tree, PressureLevel(tree), blocks, balloon, boot_id="b")
     offline = Offline(tree, blocks, Leaving(tree.path("leaving.json")))
     table.add(MemoryCommands(facts, blocks, offline, balloon, Decisions()))
     return table

@@ -38,7 +38,7 @@ QGA = "qemu-ga"
 START_QGA = f"pgrep -x {QGA} || {QGA} --daemonize --path=/dev/virtio-ports/org.qemu.guest_agent.0 --statedir=/run"
 CHUNK_BYTES = 64 << 20
 
-LOOKED, WATCHER = "/run/lab-idle", "/run/lab-idle.sh"
+LOOKED, WATCHER = "/run/lab-idle-looked", "/run/lab-idle.sh"
 _WATCHER = f"""\
 look() {{
     for pid; do

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-
-_LINE = re.compile(r"^(workingset_refault_(?:anon|file)|allocstall_\w+|pgscan_direct|nr_zspages) (\d+)$", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,15 +23,18 @@ class Vmstat:
 
 def parse_vmstat(text: str) -> Vmstat:
     """Parse lines such as ``workingset_refault_file 8211``; others are passed over. ValueError."""
-    counts = {name: int(number) for name, number in _LINE.findall(text)}
-    stalls = [number for name, number in counts.items() if name.startswith("allocstall_")]
-    try:
-        return Vmstat(
-            refault_anon_pages=counts["workingset_refault_anon"],
-            refault_file_pages=counts["workingset_refault_file"],
-            stalls=sum(stalls) if stalls else None,
-            direct_scanned_pages=counts.get("pgscan_direct"),
-            zspages=counts.get("nr_zspages", 0),
-        )
-    except KeyError as error:
-        raise ValueError(f"/proc/vmstat lacks the line {error}") from error
+    lines = f"\n{text}\n"
+    anon, file = _count(lines, "workingset_refault_anon"), _count(lines, "workingset_refault_file")
+    if anon is None or file is None:
+        raise ValueError(f"/proc/vmstat lacks the line 'workingset_refault_{'anon' if anon is None else 'file'}'")
+    zones = [piece.partition(" ")[0] for piece in lines.split("\nallocstall_")[1:]]
+    stalls = [count for zone in zones if (count := _count(lines, f"allocstall_{zone}")) is not None]
+    return Vmstat(
+        anon, file, sum(stalls) if stalls else None, _count(lines, "pgscan_direct"), _count(lines, "nr_zspages") or 0
+    )
+
+
+def _count(lines: str, name: str) -> int | None:
+    """The line of that name; to look for a few takes less than half of parsing two hundred."""
+    value = lines.partition(f"\n{name} ")[2].partition("\n")[0]
+    return int(value) if value.isdecimal() else None

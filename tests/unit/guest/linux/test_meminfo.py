@@ -37,6 +37,9 @@ def test_sizes_are_bytes() -> None:
     assert memory.cached_bytes == (4 + 5) << 10
     assert (memory.swap_total_bytes, memory.swap_free_bytes, memory.swap_cached_bytes) == (6 << 10, 7 << 10, 8 << 10)
     assert memory.committed_bytes == 9 << 10
+    assert (memory.active_anon_bytes, memory.inactive_anon_bytes) == (10 << 10, 11 << 10)
+    assert (memory.active_file_bytes, memory.inactive_file_bytes) == (12 << 10, 13 << 10)
+    assert (memory.zswap_bytes, parse_meminfo(REAL + "Zswap:    7 kB\n").zswap_bytes) == (0, 7 << 10)
 
 
 def test_what_later_kernels_add_is_passed_over() -> None:

@@ -1,8 +1,8 @@
 """Whose stalls make the level: the top-level control groups other than ours, and those that were chosen.
 
-/proc/pressure/memory cannot leave out what our own inflating makes wait, nor kswapd, which counts as stalled for as long
-as it reclaims (balance_pgdat in mm/vmscan.c); ballast.slice's siblings can. They come and go
-(user.slice with the first login), and inotify tells of it, so that nothing has to be looked at in between.
+/proc/pressure/memory cannot leave out what our own inflating makes wait, nor kswapd, which counts as stalled for as
+long as it reclaims (balance_pgdat in mm/vmscan.c); ballast.slice's siblings can. They come and go (user.slice with the
+first login), and inotify tells of it, so that nothing has to be looked at in between.
 Documentation/admin-guide/cgroup-v2.rst and accounting/psi.rst.
 """
 
@@ -111,15 +111,17 @@ class Groups:
             for wanted in self._triggers:
                 if wanted.kind == "full" and group[0] == SINGLE:
                     continue
-                # Peers' own triggers fire at the same moment, and they hear first.
-                fired = partial(asyncio.get_running_loop().call_soon, self._fired, wanted.kind)
-                gone = partial(self._drop, group)
+                fired, gone = partial(self._fire, wanted.kind), partial(self._drop, group)
                 triggers.append(Trigger(path, wanted, fired, gone))
         except OSError as error:
             _close(triggers)
             log.warning("no pressure events of the control group %s: %s", group[0], error)
             return []
         return triggers
+
+    def _fire(self, kind: StallKind) -> None:
+        """Peers' own triggers fire at the same moment, and they hear first."""
+        asyncio.get_running_loop().call_soon(self._fired, kind)
 
     def _drop(self, group: tuple[str, int]) -> None:
         _close(self._armed.pop(group, []))

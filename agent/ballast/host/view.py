@@ -9,7 +9,7 @@ from typing import Any
 
 from ballast.host.quantity import format_ms, format_size
 from ballast.host.show import Table
-from ballast.wire.memory_names import MemoryStatus, OnlineResult, Pressure
+from ballast.wire.memory_names import LruLists, MemoryStatus, OnlineResult, Pressure
 from ballast.wire.message import Event
 from ballast.wire.names import (
     AgentStatus,
@@ -21,6 +21,11 @@ from ballast.wire.names import (
     Risk,
     WriterResult,
 )
+
+_LEVEL_SOURCES = {
+    "system": " (by system-wide stalls, the agent's own among them)",
+    "vmstat": " (an estimate: the kernel has no PSI)",
+}
 
 
 def agent_table(target: str, status: AgentStatus) -> Table:
@@ -51,7 +56,8 @@ def memory_table(memory: MemoryStatus) -> Table:
         ("cached", format_size(memory.cached_bytes)),
         ("committed", format_size(memory.committed_bytes)),
         ("swap used", _swap(memory)),
-        ("level", memory.level),
+        *_lru_rows(memory.lru),
+        ("level", memory.level + _LEVEL_SOURCES.get(memory.level_source or "slices", "")),
         ("demand", format_size(memory.demand_bytes)),
         *((f"  {part}", format_size(size)) for part, size in memory.demand.items()),
         *_pressure_rows(memory.psi),
@@ -69,6 +75,19 @@ def memory_table(memory: MemoryStatus) -> Table:
 
 def _share(part_bytes: int, total_bytes: int) -> str:
     return f"{format_size(part_bytes)} ({100 * part_bytes / max(total_bytes, 1):.0f} %)"
+
+
+def _lru_rows(lru: LruLists | None) -> list[tuple[str, str]]:
+    if lru is None:
+        return []
+    lists = {
+        "active": (lru.active_anon_bytes, lru.active_file_bytes),
+        "inactive": (lru.inactive_anon_bytes, lru.inactive_file_bytes),
+    }
+    return [
+        (name, f"{format_size(anon + file)} ({format_size(anon)} of programs, {format_size(file)} of files)")
+        for name, (anon, file) in lists.items()
+    ]
 
 
 def _swap(memory: MemoryStatus) -> str:

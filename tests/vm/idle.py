@@ -1,11 +1,12 @@
 """What Ballast costs a guest in which nothing happens: python -m tests.vm.idle [--suite SUITE] [--seconds SECONDS].
 
 A host reader is on the agent's virtio-serial port, vsock is there and nobody comes by it, and the stock qemu-ga waits
-on a port of its own. How often their threads woke up is the kernel's count (voluntary_ctxt_switches: each wake-up ends
-with one), of which systemd tells how many were for its watchdog; memory is the kernel's too (smaps_rollup). The lab's
-own shell, which is Python as well and would share its pages with us, is stopped meanwhile: what others share is what
-they would share anywhere. Then guard and holder are weighed, which run only when they are needed: the guard while it
-holds file systems frozen, the holder without the memory that it holds.
+on a port of its own, with a host reader as well: without one it looks ten times a second whether there is one. How
+often threads woke up is the kernel's count (voluntary_ctxt_switches: each wake-up ends with one), of which systemd
+tells how many were for its watchdog; memory is the kernel's too (smaps_rollup). The lab's own shell, which is Python as
+well and would share its pages with us, is stopped meanwhile: what others share is what they would share anywhere. Then
+guard and holder are weighed, which run only when they are needed: the guard while it holds file systems frozen, the
+holder without the memory that it holds.
 
 Prints JSON; the exit status is 1 if anything is more than what we promise.
 """
@@ -139,8 +140,9 @@ def main_pid(guest: Guest, name: str) -> str:
 def idle(guest: Guest, seconds: float) -> tuple[list[Cost], int]:
     """The agent, beside qemu-ga, with a reader on the host and nothing to do."""
     guest.run(START_QGA)
-    with Raw(f"unix:{guest.ballast_port}") as reader:
-        reader.exchange(b"")
+    with Raw(f"unix:{guest.ballast_port}") as ours, Raw(f"unix:{guest.qga_port}") as theirs:
+        ours.exchange(b"")
+        theirs.exchange(b"")
         return watch(guest, [main_pid(guest, name) for name in ("ballastd", QGA)], seconds)
 
 

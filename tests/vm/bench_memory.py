@@ -67,14 +67,15 @@ BENCHMARKS = {
 }
 
 
-def run_pair(machine: Machine, name: str, number: int) -> list[Line]:
-    """One turn of everybody; their lines."""
+def run_pair(machine: Machine, name: str, number: int, without: str = "") -> list[Line]:
+    """One turn of everybody, but perhaps for one; their lines."""
     benchmark, run = BENCHMARKS[name], str(uuid.uuid4())
     about = {"benchmark": name, "run": run, "pair": number}
     contenders = benchmark.contenders[:: 1 if number % 2 else -1]
     return [
         {**line, "contender": contender, **about}
         for contender in contenders
+        if contender != without
         for line in benchmark.measure(machine, contender)
     ]
 

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from ballast.guest.linux.uring import Ring
 from ballast.guest.memory import balloon as balloon_module
 from ballast.guest.memory import holder_protocol as protocol
 from ballast.guest.memory.balloon import Balloon
+from ballast.guest.memory.decisions import Decisions
 from ballast.guest.memory.holder_client import HolderConnection
 from ballast.guest.memory.holder_protocol import CHUNK_BYTES, GRAIN_BYTES
 from ballast.wire.errors import DeadlineExceeded, NoSuchId
@@ -104,6 +106,7 @@ class Told:
 
     def __init__(self) -> None:
         self.events = Events()
+        self.decisions = Decisions()
         self.data: list[dict[str, Any]] = []
         self.came = asyncio.Event()
         self.events.subscribe(Subscription(frozenset({"BALLAST_BALLOON"}), self._hear))
@@ -121,7 +124,7 @@ def told() -> Told:
 
 @pytest_asyncio.fixture
 async def balloon(holders: Holders, told: Told) -> AsyncIterator[Balloon]:
-    made = Balloon(holders.tree, told.events, boot_id="boot", path=str(holders.path))
+    made = Balloon(holders.tree, told.events, told.decisions, boot_id="boot", path=str(holders.path))
     yield made
     hang_up(made)
 
@@ -250,6 +253,38 @@ async def test_the_next_agent_finds_all_of_it_with_the_chunk_that_waits(holders:
     assert second.chunk is not None
     await new.ack(second.chunk, 0)
     hang_up(new)
+
+
+async def test_what_it_took_gave_and_lost_is_explained(balloon: Balloon, holders: Holders, told: Told) -> None:
+    for _ in range(2):
+        chunk = (await balloon.inflate(2 * CHUNK_BYTES)).chunk
+        assert chunk is not None
+        await balloon.ack(chunk, 0)
+    await balloon.deflate(CHUNK_BYTES)
+    told.came.clear()
+    holders.kill()
+    async with asyncio.timeout(DEADLINE_S):
+        await told.came.wait()
+    decisions = told.decisions.last()
+    assert [(one.change, one.reason, one.bytes) for one in decisions] == [
+        ("inflated", "asked", CHUNK_BYTES),
+        ("inflated", "asked", CHUNK_BYTES),
+        ("deflated", "asked", CHUNK_BYTES),
+        ("holder-lost", "killed", CHUNK_BYTES),
+    ]
+    first, second, *_ = (one.numbers for one in decisions)
+    assert (first["balloon-bytes"], second["balloon-bytes"]) == (0, CHUNK_BYTES)
+    assert first["room-bytes"] <= first["available-bytes"] - first["floor-bytes"]
+
+
+async def test_that_it_takes_nothing_is_explained_once(
+    balloon: Balloon, told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(balloon, "_gave_way_at_s", time.monotonic())
+    for _ in range(3):
+        assert (await balloon.inflate(CHUNK_BYTES)).floor
+    (refusal,) = told.decisions.last()
+    assert (refusal.change, refusal.reason, refusal.bytes) == ("not-inflated", "pressure", CHUNK_BYTES)
 
 
 async def test_without_its_holder_the_chunk_that_waits_is_still_pinned(

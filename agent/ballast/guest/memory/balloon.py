@@ -16,12 +16,11 @@ from collections.abc import Callable
 from typing import Any
 
 from ballast.guest.events import Events
-from ballast.guest.linux.meminfo import parse_meminfo
 from ballast.guest.linux.tree import Tree
-from ballast.guest.linux.zones import parse_zoneinfo
 from ballast.guest.memory import holder_protocol as protocol
-from ballast.guest.memory.floor import Readings, room_bytes
-from ballast.guest.memory.holder_client import HeldChunk, HolderConnection, HolderLost
+from ballast.guest.memory.decisions import Decisions
+from ballast.guest.memory.floor import Readings, read_now, room_bytes
+from ballast.guest.memory.holder_client import HeldChunk, HolderConnection, HolderLost, merged
 from ballast.guest.memory.holder_protocol import CHUNK_BYTES, GRAIN_BYTES
 from ballast.wire.errors import AgentError, KernelFailure, NoSuchId
 from ballast.wire.memory_names import BalloonDeflated, BalloonInflated, BalloonRanges, BalloonState, Ranges
@@ -34,7 +33,6 @@ TAKE_S = 60.0  # compaction can take long
 GIVE_S = 30.0
 # After it gave way a host's loop may still be asking for more: what was asked for before is not given.
 HOLD_OFF_S = 10.0
-_PAGE_BYTES = 4096  # zoneinfo counts base pages
 _MOVED = "pages of the balloon have moved although they are pinned"
 _HOLDER_CGROUP = "sys/fs/cgroup/ballast.slice/ballast-balloon.service/cgroup.procs"
 
@@ -42,10 +40,19 @@ _HOLDER_CGROUP = "sys/fs/cgroup/ballast.slice/ballast-balloon.service/cgroup.pro
 class Balloon:
     """One at a time of inflate, ack, deflate and ranges; all may run while frozen but ``inflate``."""
 
-    def __init__(self, tree: Tree, events: Events, *, boot_id: str, path: str = protocol.SOCKET_PATH) -> None:
+    def __init__(
+        self,
+        tree: Tree,
+        events: Events,
+        decisions: Decisions | None = None,
+        *,
+        boot_id: str,
+        path: str = protocol.SOCKET_PATH,
+    ) -> None:
         self.target_bytes = 0
         self._tree = tree
         self._events = events
+        self._decisions = decisions or Decisions()
         self._boot_id = boot_id
         self._path = path
         self._lock = asyncio.Lock()
@@ -107,9 +114,9 @@ class Balloon:
                 chunk=self._held.id if self._held else None,
                 bytes=self._held.bytes if self._held else 0,
                 total_bytes=self.bytes,
-                ranges=_merged(self._held.ranges) if self._held else [],
+                ranges=merged(self._held.ranges) if self._held else [],
                 done=is_done,
-                floor=not is_done and self._room_bytes() < GRAIN_BYTES,
+                floor=not is_done and self._room_bytes(self.look()) < GRAIN_BYTES,
             )
 
     async def ack(self, chunk: int, punched_bytes: int) -> None:
@@ -148,10 +155,12 @@ class Balloon:
                 ranges = ranges + self._held.ranges
                 await self._release_held(cause)
             self.target_bytes = min(target_bytes, self.bytes) if cause == "deflate" else self.bytes
-            if self.bytes != before_bytes:
+            if given_bytes := before_bytes - self.bytes:
                 self._tell(cause)
+            if given_bytes and cause == "deflate":  # who has it give way knows why
+                self._decisions.note("deflated", "asked", given_bytes, target_bytes=target_bytes)
             self._leave_if_empty()
-            return BalloonDeflated(before_bytes - self.bytes, self.bytes, _merged(ranges))
+            return BalloonDeflated(given_bytes, self.bytes, merged(ranges))
 
     async def ranges(self) -> BalloonRanges:
         """All that is held, each frame looked up in pagemap now.
@@ -171,7 +180,7 @@ class Balloon:
                 ranges = ranges + chunk_ranges
             if self._holder is None and self._held is not None:
                 ranges = self._held.ranges
-            return BalloonRanges(self._boot_id, self.generation, self.bytes, _merged(ranges))
+            return BalloonRanges(self._boot_id, self.generation, self.bytes, merged(ranges))
 
     async def close(self) -> None:
         """Before the agent leaves: give back the chunk that after it nobody would hold, since the holder is gone."""
@@ -188,13 +197,19 @@ class Balloon:
         """Take what is wanted, as far as it can be spared; nothing at a floor."""
         if self._has_moved:
             raise KernelFailure(_MOVED, operation="pin")
-        bytes_ = min(wanted_bytes, CHUNK_BYTES, self._room_bytes()) // GRAIN_BYTES * GRAIN_BYTES
+        now, wanted_bytes = self.look(), min(wanted_bytes, CHUNK_BYTES)
+        bytes_ = min(wanted_bytes, self._room_bytes(now)) // GRAIN_BYTES * GRAIN_BYTES
+        numbers = now.numbers() | {"target_bytes": self.target_bytes}
         if bytes_ <= 0:
+            if wanted_bytes >= GRAIN_BYTES:
+                is_held_off = numbers["room_bytes"] >= GRAIN_BYTES
+                self._decisions.note("not-inflated", "pressure" if is_held_off else "floor", wanted_bytes, **numbers)
             return
         holder = self._holder or await self._connect()
         if self._held is None:
             self._held = await holder.take(bytes_, timeout_s=TAKE_S)
         self._tell("inflate")
+        self._decisions.note("inflated", "asked", self._held.bytes, **numbers)
 
     async def _reach(self) -> HolderConnection | None:
         """The connection to a running holder; None if none runs."""
@@ -236,7 +251,7 @@ class Balloon:
         left_bytes = self.bytes - held.bytes
         self._events.publish(
             "BALLAST_BALLOON",
-            {"cause": cause, "total-bytes": left_bytes, "chunk": held.id, "ranges": _merged(held.ranges)},
+            {"cause": cause, "total-bytes": left_bytes, "chunk": held.id, "ranges": merged(held.ranges)},
         )
         self._held = None
         try:
@@ -261,7 +276,7 @@ class Balloon:
         if is_gone and before_bytes:
             self._gave_way_at_s = time.monotonic()
             self.target_bytes = self.bytes
-            log.error("the balloon's holder is gone: the guest has %d bytes back", before_bytes - self.bytes)
+            self._decisions.note("holder-lost", "killed", before_bytes - self.bytes, balloon_bytes=before_bytes)
             self._tell("holder-lost")
 
     def _tell(self, cause: str) -> None:
@@ -269,28 +284,13 @@ class Balloon:
 
     def look(self) -> Readings:
         """What decides how much can be taken or must be given back, read now."""
-        memory = parse_meminfo(self._tree.read("proc/meminfo"))
-        zones = parse_zoneinfo(self._tree.read("proc/zoneinfo"))
-        return Readings(memory.total_bytes, memory.available_bytes, memory.free_bytes, zones, _PAGE_BYTES, self.bytes)
+        return read_now(self._tree, self.bytes)
 
-    def _room_bytes(self) -> int:
-        if time.monotonic() < self._gave_way_at_s + HOLD_OFF_S:
-            return 0
-        return room_bytes(self.look())
+    def _room_bytes(self, now: Readings) -> int:
+        return 0 if time.monotonic() < self._gave_way_at_s + HOLD_OFF_S else room_bytes(now)
 
     def _is_holder_running(self) -> bool:
         try:
             return bool(self._tree.read(_HOLDER_CGROUP))
         except OSError:
             return False
-
-
-def _merged(ranges: Ranges) -> Ranges:
-    """Rising, and with neighbours made one."""
-    merged: Ranges = []
-    for address, bytes_ in sorted(ranges):
-        if merged and merged[-1][0] + merged[-1][1] == address:
-            merged[-1][1] += bytes_
-        else:
-            merged.append([address, bytes_])
-    return merged

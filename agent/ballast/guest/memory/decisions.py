@@ -15,6 +15,8 @@ from ballast.wire.shape import wire_name
 log = logging.getLogger(__name__)
 
 KEPT = 64
+_REFUSALS = ("not-inflated", "online-failed", "offline-failed")
+_WARNINGS = (*_REFUSALS, "gave-way", "holder-lost")
 
 
 class Decisions:
@@ -24,12 +26,20 @@ class Decisions:
         self._kept: deque[Decision] = deque(maxlen=KEPT)
 
     def note(self, change: Change, reason: ChangeReason, bytes_: int, **numbers: float) -> None:
-        """Keep a decision and tell the journal; ``numbers`` are what it was made from, with units in their names."""
+        """Keep a decision and tell the journal; ``numbers`` are what it was made from, with units in their names.
+
+        A refusal that is only repeated takes the place of the one before, and the journal has it once.
+        """
         named = {wire_name(name): value for name, value in numbers.items()}
-        self._kept.append(Decision(time.time_ns() // 1_000_000, change, bytes_, reason, named))
+        decision = Decision(time.time_ns() // 1_000_000, change, bytes_, reason, named)
+        if change in _REFUSALS and self._kept and (self._kept[-1].change, self._kept[-1].reason) == (change, reason):
+            self._kept[-1] = decision
+            return
+        self._kept.append(decision)
         fields = {"CHANGE": change, "REASON": reason, "BYTES": bytes_, **{n.upper(): v for n, v in numbers.items()}}
         told = "".join(f", {name} {round(value, 2)}" for name, value in named.items())
-        log.info("memory %s: %d bytes, %s%s", change, bytes_, reason, told, extra=fields)
+        level = logging.WARNING if change in _WARNINGS else logging.INFO
+        log.log(level, "memory %s: %d bytes, %s%s", change, bytes_, reason, told, extra=fields)
 
     def last(self) -> list[Decision]:
         """What is kept, the newest last."""

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ballast.guest.linux.zones import ZonePages
+from ballast.guest.linux.meminfo import parse_meminfo
+from ballast.guest.linux.tree import Tree
+from ballast.guest.linux.zones import ZonePages, parse_zoneinfo
 
 MOVABLE_RATIO = 3
 _MIB = 1 << 20
+_PAGE_BYTES = 4096  # zoneinfo counts base pages
 # Up to a total of (MiB): a base and a share of the total.
 _FLOORS = ((128, 8, 2), (512, 40, 4), (2048, 104, 8), (8192, 232, 16))
 _FLOOR_ABOVE = (488, 32)
@@ -28,6 +31,26 @@ class Readings:
     zones: ZonePages
     page_bytes: int
     balloon_bytes: int
+
+    def numbers(self) -> dict[str, int]:
+        """What a decision was made from, to be noted with it."""
+        return {
+            "total_bytes": self.total_bytes,
+            "available_bytes": self.available_bytes,
+            "free_bytes": self.free_bytes,
+            "floor_bytes": floor_bytes(self.total_bytes),
+            "room_bytes": room_bytes(self),
+            "movable_bytes": self.zones.movable_pages * self.page_bytes,
+            "kernel_bytes": self.zones.kernel_pages * self.page_bytes,
+            "balloon_bytes": self.balloon_bytes,
+        }
+
+
+def read_now(tree: Tree, balloon_bytes: int) -> Readings:
+    """Look. May run while frozen."""
+    memory = parse_meminfo(tree.read("proc/meminfo"))
+    zones = parse_zoneinfo(tree.read("proc/zoneinfo"))
+    return Readings(memory.total_bytes, memory.available_bytes, memory.free_bytes, zones, _PAGE_BYTES, balloon_bytes)
 
 
 def floor_bytes(total_bytes: int) -> int:

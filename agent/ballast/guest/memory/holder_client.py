@@ -14,6 +14,7 @@ from ballast.guest.linux.pidfd import copy_descriptor
 from ballast.guest.linux.uring import Ring
 from ballast.guest.memory import holder_protocol as protocol
 from ballast.wire.errors import AgentError, DeadlineExceeded, KernelFailure, NotSupported
+from ballast.wire.memory_names import Ranges
 
 _RETRY_S = 0.1
 _IO_URING_OFF = (errno.ENOSYS, errno.EPERM)
@@ -177,3 +178,14 @@ class HolderConnection:
             self.close()
             self._messages.put_nowait(None)
             self._lost(is_gone)
+
+
+def merged(ranges: Ranges) -> Ranges:
+    """Rising, and with neighbours made one."""
+    result: Ranges = []
+    for address, bytes_ in sorted(ranges):
+        if result and result[-1][0] + result[-1][1] == address:
+            result[-1][1] += bytes_
+        else:
+            result.append([address, bytes_])
+    return result

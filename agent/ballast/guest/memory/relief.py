@@ -19,10 +19,11 @@ from collections.abc import Callable
 
 from ballast.guest.events import Events, Subscription
 from ballast.guest.memory.balloon import Balloon
+from ballast.guest.memory.decisions import Decisions
 from ballast.guest.memory.floor import relief_bytes, urgent_bytes
 from ballast.guest.memory.pressure import Pressure
 from ballast.wire.errors import AgentError
-from ballast.wire.memory_names import PsiTrigger
+from ballast.wire.memory_names import ChangeReason, PsiTrigger
 from ballast.wire.message import Event
 
 log = logging.getLogger(__name__)
@@ -36,8 +37,11 @@ LOOK_MIN_S, LOOK_MAX_S = 0.1, 5.0
 class Relief:
     """``run`` does the work."""
 
-    def __init__(self, balloon: Balloon, pressure: Pressure, events: Events) -> None:
+    def __init__(
+        self, balloon: Balloon, pressure: Pressure, events: Events, decisions: Decisions | None = None
+    ) -> None:
         self._balloon = balloon
+        self._decisions = decisions or Decisions()
         self._pressure = pressure
         self._events = events
         self._pressed = asyncio.Event()
@@ -77,9 +81,8 @@ class Relief:
         if relief and (is_urgent or (all_stall and not is_ours)):
             result = await self._balloon.give_way(relief)
             if result.bytes:  # not ten times a second that only the chunk is left which waits for its ack
-                log.warning(
-                    "memory is short: the balloon gave %d bytes back, %d are left", result.bytes, result.total_bytes
-                )
+                reason: ChangeReason = "short" if is_urgent else "pressure"
+                self._decisions.note("gave-way", reason, result.bytes, **now.numbers(), wanted_bytes=relief)
 
     def _hear(self, event: Event) -> bool:
         if event.data["cause"] == "inflate":

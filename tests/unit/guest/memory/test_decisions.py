@@ -28,6 +28,15 @@ def test_only_the_last_are_kept_the_newest_last() -> None:
     assert [one.bytes for one in decisions.last()] == list(range(3, KEPT + 3))
 
 
+def test_a_refusal_that_is_only_repeated_is_kept_once_with_its_last_numbers(caplog: pytest.LogCaptureFixture) -> None:
+    decisions = Decisions()
+    for number in range(5):
+        decisions.note("not-inflated", "floor", 4096, room_bytes=number)
+    decisions.note("not-inflated", "pressure", 4096)
+    assert [(one.reason, one.numbers) for one in decisions.last()] == [("floor", {"room-bytes": 4}), ("pressure", {})]
+    assert len(caplog.records) == 2
+
+
 def test_what_is_kept_is_not_what_was_handed_out() -> None:
     decisions = Decisions()
     decisions.last().clear()

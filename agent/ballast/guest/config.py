@@ -81,7 +81,8 @@ class Limits:
 class Memory:
     """[memory]"""
 
-    online: bool = True
+    # Before 0.3 it was true or false, and may be still.
+    online: Literal["agent", "kernel", "off"] = field(default="agent", metadata={True: "agent", False: "off"})
 
 
 # Below the root of control groups, without "." and ".."; ours is what the level leaves out.
@@ -210,6 +211,8 @@ def _check_value(path: Path, where: str, annotation: Any, limits: Any, value: An
         return number
     if typing.get_origin(annotation) is Literal:
         choices = typing.get_args(annotation)
+        if isinstance(value, bool):
+            value = limits.get(value, value)
         if value not in choices:
             raise ConfigError(path, where, f"expected one of {', '.join(choices)}, found {value!r}")
         return value

@@ -30,6 +30,7 @@ from ballast.guest.events import Events
 from ballast.guest.linux.notify import notify
 from ballast.guest.linux.tree import Tree
 from ballast.guest.linux.uevents import UeventSocket
+from ballast.guest.memory import kernel_online
 from ballast.guest.memory.balloon import Balloon
 from ballast.guest.memory.blocks import Blocks
 from ballast.guest.memory.decisions import Decisions
@@ -38,6 +39,7 @@ from ballast.guest.memory.hotplug import Hotplug
 from ballast.guest.memory.leaving import Leaving
 from ballast.guest.memory.level import PressureLevel
 from ballast.guest.memory.offline import Offline
+from ballast.guest.memory.onliners import Onliners
 from ballast.guest.memory.pressure import Pressure
 from ballast.guest.memory.relief import Relief
 from ballast.guest.memory.status import MemoryFacts
@@ -75,12 +77,13 @@ class Daemon:
         bus = Bus(dbus.NAME, is_frozen=lambda: self._quiesce.is_frozen)
         self._services = Services(bus, is_frozen=lambda: self._quiesce.is_frozen)
         self._events = events = Events()
+        self._decisions = decisions = Decisions()
         self._quiesce = Quiesce(tree, events, config, self._find_writers)
-        self._balloon = Balloon(tree, events, boot_id=self._boot_id)
-        self._relief = Relief(self._balloon, self._pressure, events)
-        blocks = Blocks(tree, lambda: self._balloon.bytes)
+        self._balloon = Balloon(tree, events, decisions, boot_id=self._boot_id)
+        self._relief = Relief(self._balloon, self._pressure, events, decisions)
+        blocks = Blocks(tree, lambda: self._balloon.bytes, decisions)
         leaving = Leaving()
-        self._hotplug = Hotplug(blocks, leaving, events, online=config.memory.online)
+        self._hotplug = Hotplug(blocks, leaving, events, Onliners(tree), online=config.memory.online != "off")
         facts = MemoryFacts(tree, self._level, blocks, self._balloon, boot_id=self._boot_id)
         policy = config.policy
         table = Table(is_frozen=lambda: self._quiesce.is_frozen, allow=policy.allow, block=policy.block)
@@ -90,7 +93,7 @@ class Daemon:
         sources = Sources(self._pressure.watch, facts.report_every)
         token = _read_token()
         table.add(AgentCommands(table, events, sources, version=__version__, token=token, read_status=self.status))
-        table.add(MemoryCommands(facts, blocks, Offline(tree, blocks, leaving), self._balloon, Decisions()))
+        table.add(MemoryCommands(facts, blocks, Offline(tree, blocks, leaving), self._balloon, decisions))
         table.add(QuiesceCommands(self._quiesce))
         self._dbus = dbus.Dbus(
             bus, events, table.answer, self._services, version=__version__, balloon_bytes=lambda: self._balloon.bytes
@@ -125,11 +128,11 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
         uevents = UeventSocket("memory", "virtio-ports")
-        loop.add_reader(uevents.fileno(), self._hear, uevents)
         async with asyncio.TaskGroup() as group:
             await self._balloon.recover()
+            kernel_online.arrange(self._tree, self._decisions, is_wanted=self._config.memory.online == "kernel")
             parts = [self._quiesce.run(), self._hotplug.run(), self._relief.run(), feed_watchdog(), *self._transports()]
-            parts.append(self._level.run(self._events))
+            parts += [self._hear(uevents), self._level.run(self._events)]
             if self._config.dbus.enabled:
                 parts += [self._dbus.run(), self._services.run(self._quiesce.wait_recovered)]
             tasks = [group.create_task(part) for part in parts]
@@ -162,12 +165,19 @@ class Daemon:
         trusted = self._config.transports.trust_privileged_port and port < _PRIVILEGED_PORT
         return f"vsock:{cid}:{port}", trusted
 
-    def _hear(self, uevents: UeventSocket) -> None:
-        for uevent in uevents.read():
-            if uevent is None or uevent.subsystem == "memory":
-                self._hotplug.hear(uevent)
-            if uevent is None or uevent.subsystem == "virtio-ports":
-                self._port_changed.set()
+    async def _hear(self, uevents: UeventSocket) -> None:
+        loop, said = asyncio.get_running_loop(), asyncio.Event()
+        while True:
+            said.clear()
+            loop.add_reader(uevents.fileno(), said.set)
+            await said.wait()
+            loop.remove_reader(uevents.fileno())
+            await self._hotplug.wait_to_hear()
+            for uevent in uevents.read():
+                if uevent is None or uevent.subsystem == "memory":
+                    self._hotplug.hear(uevent)
+                if uevent is None or uevent.subsystem == "virtio-ports":
+                    self._port_changed.set()
 
     async def _next_port_change(self) -> None:
         self._port_changed.clear()

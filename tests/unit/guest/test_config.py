@@ -24,7 +24,7 @@ from ballast.guest.config import Agent, Config, ConfigError, Limits, Policy, Tra
         ("[agent]\nlog_level = 'info'", "agent.log_level", "unknown key, expected one of log-level"),
         ("[agent]\nlog-level = 'loud'", "agent.log-level", "expected one of debug, info, warning, error, found 'loud'"),
         ("[agent]\nlog-level = ['info']", "agent.log-level", "expected one of"),
-        ("[memory]\nonline = 1", "memory.online", "expected true or false, found 1"),
+        ("[memory]\nonline = 1", "memory.online", "expected one of agent, kernel, off, found 1"),
         ("[transports]\nvsock = 'yes'", "transports.vsock", "expected true or false, found 'yes'"),
         ("[transports]\nunix = false", "transports.unix", "expected a string, found False"),
         ("[limits]\npeers = true", "limits.peers", "expected a whole number, found True"),
@@ -87,6 +87,16 @@ def test_a_wrong_drop_in_is_named(tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_text("[limits]\npeers = -1")
     with pytest.raises(ConfigError, match=r"bad\.toml: limits\.peers"):
         read_config(tmp_path / "agent.toml", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("value", "online"),
+    [("true", "agent"), ("false", "off"), ("'agent'", "agent"), ("'kernel'", "kernel"), ("'off'", "off")],
+)
+def test_memory_online_was_true_or_false_once(tmp_path: Path, value: str, online: str) -> None:
+    path = tmp_path / "agent.toml"
+    path.write_text(f"[memory]\nonline = {value}")
+    assert read_config(path, tmp_path / "none").memory.online == online
 
 
 def test_an_empty_name_switches_a_transport_off(tmp_path: Path) -> None:

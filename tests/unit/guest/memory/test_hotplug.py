@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,16 @@ import pytest_asyncio
 from ballast.guest.events import Events, Subscription
 from ballast.guest.linux.tree import Tree
 from ballast.guest.linux.uevents import Uevent
+from ballast.guest.memory.backoff import Backoff
 from ballast.guest.memory.blocks import MEMORY, Blocks
 from ballast.guest.memory.hotplug import Hotplug
 from ballast.guest.memory.leaving import LEAVING_S, Leaving
+from ballast.guest.memory.onliners import Onliners
 from ballast.wire.message import Event
+
+CHANCE_S = 0.05
+# SUSE's.
+RULE = 'SUBSYSTEM=="memory", ACTION=="add", ATTR{state}=="offline", ATTR{state}="online"'
 
 
 class Guest:
@@ -38,7 +45,17 @@ class Guest:
 
     def start(self, *, online: bool = True) -> Hotplug:
         self.leaving = Leaving(self.path.with_name("leaving.json"), clock=lambda: self.now_s)
-        hotplug = Hotplug(Blocks(self.tree), self.leaving, self.events, online=online, path=self.path)
+        self.retry = Backoff(1.0, 64.0, clock=lambda: self.now_s)
+        hotplug = Hotplug(
+            Blocks(self.tree),
+            self.leaving,
+            self.events,
+            Onliners(self.tree),
+            online=online,
+            path=self.path,
+            chance_s=CHANCE_S,
+            retry=self.retry,
+        )
         self._tasks.append(asyncio.create_task(hotplug.run()))
         return hotplug
 
@@ -55,6 +72,11 @@ class Guest:
         folder.mkdir(exist_ok=True)
         (folder / "state").write_text(f"{state}\n")
 
+    def write(self, name: str, text: str) -> None:
+        path = self.tree.path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{text}\n")
+
     async def settle(self) -> None:
         """Let everything that is ready run: a block that comes after it is onlined, and alone."""
         for _ in range(5):
@@ -67,7 +89,8 @@ class Guest:
 
 
 @pytest_asyncio.fixture
-async def guest(recorded: Tree, tmp_path: Path) -> AsyncIterator[Guest]:
+async def guest(recorded: Tree, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> AsyncIterator[Guest]:
+    caplog.set_level(logging.INFO)
     made = Guest(recorded, tmp_path / "blocks.json")
     yield made
     await made.close()
@@ -99,16 +122,75 @@ async def test_blocks_that_come_together_are_one_event(guest: Guest) -> None:
     assert [block["phys-index"] for block in blocks] == [36, 37, 38, 39]
 
 
-async def test_a_block_that_the_kernel_onlined_itself_is_not_our_news(guest: Guest) -> None:
+@pytest.mark.parametrize("policy", ["online", "online_movable"])
+async def test_where_the_kernel_does_it_the_agent_takes_what_stays_offline(
+    guest: Guest, caplog: pytest.LogCaptureFixture, policy: str
+) -> None:
+    guest.write(f"{MEMORY}/auto_online_blocks", policy)
     hotplug = guest.start()
     await guest.next_event()
+    for index in (36, 37):
+        guest.set_state(index, "offline")
+        hotplug.hear(uevent("add", index))
     guest.set_state(36, "online")
-    hotplug.hear(uevent("add", 36))
-    await guest.settle()
-    guest.set_state(37, "offline")
-    hotplug.hear(uevent("add", 37))
+    hotplug.hear(uevent("online", 36))
     _, blocks = await guest.next_event()
-    assert [block["phys-index"] for block in blocks] == [37]
+    assert [(block["phys-index"], block["result"]) for block in blocks] == [(36, "already"), (37, "done")]
+    assert caplog.text.count(f"the kernel (auto_online_blocks: {policy}) brings hot-added memory online here") == 1
+
+
+async def test_a_rule_of_udev_s_that_does_nothing_is_waited_for_once(
+    guest: Guest, caplog: pytest.LogCaptureFixture
+) -> None:
+    guest.write("usr/lib/udev/rules.d/80-hotplug-cpu-mem.rules", RULE)
+    hotplug = guest.start()
+    await guest.next_event()
+    for index in (36, 37):
+        guest.set_state(index, "offline")
+        hotplug.hear(uevent("add", index))
+        _, blocks = await guest.next_event()
+        assert [(block["phys-index"], block["result"]) for block in blocks] == [(index, "done")]
+    assert caplog.text.count("udev (/usr/lib/udev/rules.d/80-hotplug-cpu-mem.rules) brings") == 1
+    assert caplog.text.count("does not bring memory online here: the agent does") == 1
+
+
+async def test_what_failed_is_tried_again_and_each_time_told(guest: Guest) -> None:
+    hotplug = guest.start()
+    await guest.next_event()
+    guest.set_state(36, "offline")
+    state = guest.tree.path(f"{MEMORY}/memory36/state")
+    state.unlink()
+    state.symlink_to("/proc/version")  # not even root can write to it
+    hotplug.hear(uevent("add", 36))
+    assert [(one["phys-index"], one["result"]) for one in (await guest.next_event())[1]] == [(36, "failed")]
+    for index, result in ((37, "failed"), (38, "done")):
+        guest.now_s += 2.0
+        if result == "done":
+            state.unlink()
+            state.write_text("offline")
+        guest.set_state(index, "offline")
+        hotplug.hear(uevent("add", index))
+        told = {one["phys-index"]: one["result"] for one in (await guest.next_event())[1]}
+        assert told == {36: result, index: "done"}
+    assert guest.retry.wait_s() is None
+
+
+@pytest.mark.parametrize("action", ["offline", "remove", "online"])
+async def test_what_failed_and_is_nobody_s_wish_any_more_is_let_be(guest: Guest, action: str) -> None:
+    hotplug = guest.start()
+    await guest.next_event()
+    guest.retry.fail([33])
+    if action == "offline":
+        guest.set_state(33, "offline")
+    hotplug.hear(uevent(action, 33))
+    if action == "remove":
+        assert (await guest.next_event())[0] == "BALLAST_MEMORY_REMOVED"
+    guest.now_s += 2.0
+    guest.set_state(36, "offline")
+    hotplug.hear(uevent("add", 36))
+    _, blocks = await guest.next_event()
+    assert [block["phys-index"] for block in blocks] == [36]
+    assert guest.retry.wait_s() is None
 
 
 async def test_lost_uevents_make_it_look_anew(guest: Guest) -> None:

@@ -93,7 +93,7 @@ class Daemon:
         sources = Sources(self._pressure.watch, facts.report_every)
         token = _read_token()
         table.add(AgentCommands(table, events, sources, version=__version__, token=token, read_status=self.status))
-        table.add(MemoryCommands(facts, blocks, Offline(tree, blocks, leaving), self._balloon, decisions))
+        table.add(MemoryCommands(facts, blocks, Offline(tree, blocks, leaving, decisions), self._balloon, decisions))
         table.add(QuiesceCommands(self._quiesce))
         self._dbus = dbus.Dbus(
             bus, events, table.answer, self._services, version=__version__, balloon_bytes=lambda: self._balloon.bytes

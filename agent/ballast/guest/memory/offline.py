@@ -11,27 +11,30 @@ import errno
 import time
 from collections.abc import Sequence
 
-from ballast.guest.linux.meminfo import parse_meminfo
+from ballast.guest.linux.meminfo import Meminfo, parse_meminfo
 from ballast.guest.linux.tree import Tree
 from ballast.guest.memory.blocks import MEMORY, Blocks
+from ballast.guest.memory.decisions import Decisions
 from ballast.guest.memory.dimms import Dimm, read_dimms
 from ballast.guest.memory.floor import floor_bytes
 from ballast.guest.memory.leaving import Leaving
 from ballast.guest.memory.offline_child import take_offline
 from ballast.wire.errors import BadRequest, Busy
-from ballast.wire.memory_names import BlockResult, DimmResult, OfflineResult, Zone
+from ballast.wire.memory_names import BlockResult, ChangeReason, DimmResult, OfflineResult, Zone
 
 TIMEOUT_S = 30.0
 _REASONS = {errno.ETIMEDOUT: "deadline", errno.ECHILD: "killed"}
+_GROUNDS: dict[str | None, ChangeReason] = {"no-room": "no-room", "deadline": "deadline", "killed": "killed"}
 
 
 class Offline:
     """One request at a time, and none while blocks are being brought online."""
 
-    def __init__(self, tree: Tree, blocks: Blocks, leaving: Leaving) -> None:
+    def __init__(self, tree: Tree, blocks: Blocks, leaving: Leaving, decisions: Decisions | None = None) -> None:
         self._tree = tree
         self._blocks = blocks
         self._leaving = leaving
+        self._decisions = decisions or Decisions()
 
     @property
     def leaving(self) -> Leaving:
@@ -59,9 +62,11 @@ class Offline:
             raise Busy("other memory blocks are being brought online or offline") from error
         try:
             chosen = self._choose(bytes_, indexes, address)
+            before = self._read_memory()
             results = [one for wanted in chosen.values() for one in await self._take_dimm(wanted, deadline_s)]
         finally:
             self._blocks.changing.release()
+        self._note(results, before)
         done = sum(1 for one in results if one.result == "done")
         return OfflineResult(done * self._size_bytes(), results, [self._result_of(dimm) for dimm in chosen])
 
@@ -128,9 +133,25 @@ class Offline:
 
     def _has_room(self, going_bytes: int) -> bool:
         """Whether the rest of memory has room for what is in use: without, the kernel would only drive all out."""
-        memory = parse_meminfo(self._tree.read("proc/meminfo"))
+        memory = self._read_memory()
         left_bytes = memory.available_bytes + memory.swap_free_bytes - going_bytes
         return left_bytes >= floor_bytes(memory.total_bytes - going_bytes)
+
+    def _read_memory(self) -> Meminfo:
+        return parse_meminfo(self._tree.read("proc/meminfo"))
+
+    def _note(self, results: list[BlockResult], before: Meminfo) -> None:
+        """What went, and what did not, from the memory that there was."""
+        failed = [one.reason for one in results if one.result == "failed"]
+        why: ChangeReason = next((_GROUNDS[reason] for reason in failed if reason in _GROUNDS), "kernel")
+        done = sum(1 for one in results if one.result == "done")
+        size_bytes = self._size_bytes()
+        numbers = {"available_bytes": before.available_bytes, "swap_free_bytes": before.swap_free_bytes}
+        numbers["floor_bytes"] = floor_bytes(before.total_bytes - (done + len(failed)) * size_bytes)
+        if done:
+            self._decisions.note("offlined", "asked", done * size_bytes, **numbers)
+        if failed:
+            self._decisions.note("offline-failed", why, len(failed) * size_bytes, **numbers)
 
     def _result(self, index: int, zones: dict[int, Zone], reasons: dict[int, str]) -> BlockResult:
         if index in reasons:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from ballast.guest.memory.blocks import MEMORY, Blocks
+from ballast.guest.memory.decisions import Decisions
 from ballast.guest.memory.leaving import Leaving
 from ballast.guest.memory.offline import Offline
 from ballast.guest.memory.offline_child import take_offline
@@ -54,7 +55,8 @@ class Guest:
         self.tree = make_tree(files)
         self.blocks = Blocks(self.tree)
         self.leaving = Leaving(self.tree.path("leaving.json"))
-        self.offline = Offline(self.tree, self.blocks, self.leaving)
+        self.decisions = Decisions()
+        self.offline = Offline(self.tree, self.blocks, self.leaving, self.decisions)
 
     def states(self, first: int, count: int) -> list[str]:
         return [self.tree.read(f"{MEMORY}/memory{index}/state") for index in range(first, first + count)]
@@ -162,6 +164,17 @@ async def test_a_dimm_of_which_a_block_fails_is_online_again_in_its_zone_and_the
     assert guest.states(32, 2) == ["offline"] * 2
     assert {one.address: one.offline for one in result.dimms} == {address(32): True, address(40): False}
     assert (result.bytes, guest.leaving.indexes()) == (2 * SIZE_BYTES, [32, 33])
+
+
+async def test_what_went_and_what_did_not_is_explained(make_tree: MakeTree) -> None:
+    guest = Guest(make_tree, {32: ["movable"] * 2, 36: ["movable"] * 2})
+    guest.refuse(33)
+    await guest.offline.take(bytes_=4 * SIZE_BYTES)
+    gone, stays = guest.decisions.last()
+    assert (gone.change, gone.reason, gone.bytes) == ("offlined", "asked", 2 * SIZE_BYTES)
+    assert (stays.change, stays.reason, stays.bytes) == ("offline-failed", "kernel", 2 * SIZE_BYTES)
+    assert gone.numbers == stays.numbers
+    assert (gone.numbers["available-bytes"], gone.numbers["swap-free-bytes"]) == (4 << 30, 0)
 
 
 async def test_after_the_deadline_nothing_is_tried(make_tree: MakeTree) -> None:

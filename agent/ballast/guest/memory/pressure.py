@@ -6,6 +6,7 @@ an event tells of has not: see ``level``.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,7 +18,7 @@ from ballast.guest.memory.groups import OUR_FILE
 from ballast.guest.memory.level import PressureLevel, rank, read_system
 from ballast.guest.memory.trigger import Trigger
 from ballast.wire.errors import AgentError, BadRequest, Busy, KernelFailure, NotSupported
-from ballast.wire.memory_names import PsiTrigger
+from ballast.wire.memory_names import Level, PsiTrigger, StallKind
 
 log = logging.getLogger(__name__)
 
@@ -89,12 +90,12 @@ class Pressure:
 
     def _arm(self, wanted: PsiTrigger, subscription: Subscription) -> Trigger:
         path = self._tree.path(psi.PRESSURE_FILE)
-        ours_us = self._ours_us(wanted)
+        ours = _Ours(self._tree, wanted.kind)
 
         def fire() -> None:
-            nonlocal ours_us
-            before_us, ours_us = ours_us, self._ours_us(wanted)
-            if not self._tell(wanted, subscription, ours_us - before_us):
+            if self._tell(wanted, subscription, ours):
+                asyncio.get_running_loop().call_soon(ours.note)
+            else:
                 trigger.close()
 
         try:
@@ -105,16 +106,13 @@ class Pressure:
             raise KernelFailure.of("arm a trigger on", path, error) from error
         return trigger
 
-    def _tell(self, trigger: PsiTrigger, subscription: Subscription, ours_us: int) -> bool:
-        """Send the event; ``ours_us`` of the stall may have been our own. False if nobody takes it."""
+    def _tell(self, trigger: PsiTrigger, subscription: Subscription, ours: _Ours) -> bool:
+        """Send the event; False if nobody takes it. What can be done later is: it is to be told within milliseconds."""
         now = read_system(self._tree)
         if now is None:
             return True
-        # The averages lag by seconds; the trigger itself says what the last window was like.
-        theirs_percent = 100 * max(0, trigger.stall_us - ours_us) / trigger.window_us
-        level = max(self._level.now, self._level.level_of(trigger.kind, theirs_percent), key=rank)
         data = {
-            "level": level,
+            "level": self._level_at(trigger, ours),
             "kind": trigger.kind,
             "stall-us": trigger.stall_us,
             "window-us": trigger.window_us,
@@ -123,13 +121,37 @@ class Pressure:
         }
         return subscription.send("BALLAST_PRESSURE", data)
 
-    def _ours_us(self, trigger: PsiTrigger) -> int:
-        """How long our own processes have stalled since boot; 0 where the kernel does not tell."""
+    def _level_at(self, trigger: PsiTrigger, ours: _Ours) -> Level:
+        """The averages lag by seconds; the trigger itself says what the last window was like, without our own share."""
+        level = self._level.level_of(trigger.kind, 100 * trigger.stall_us / trigger.window_us)
+        if rank(level) > rank(self._level.now):
+            theirs_us = max(0, trigger.stall_us - ours.since_us())
+            level = self._level.level_of(trigger.kind, 100 * theirs_us / trigger.window_us)
+        return max(level, self._level.now, key=rank)
+
+
+class _Ours:
+    """How long our own processes have stalled: 0 where the kernel does not tell."""
+
+    def __init__(self, tree: Tree, kind: StallKind) -> None:
+        self._tree = tree
+        self._kind = kind
+        self._noted_us = self._read_us()
+
+    def note(self) -> None:
+        """Count from now on."""
+        self._noted_us = self._read_us()
+
+    def since_us(self) -> int:
+        """Since the last event, which is more than in its window."""
+        return self._read_us() - self._noted_us
+
+    def _read_us(self) -> int:
         try:
             ours = psi.parse_stalls(self._tree.read(OUR_FILE))
         except (OSError, ValueError):
             return 0
-        return (ours.some if trigger.kind == "some" else ours.full).total_us
+        return (ours.some if self._kind == "some" else ours.full).total_us
 
 
 def _close(triggers: Sequence[Trigger]) -> None:

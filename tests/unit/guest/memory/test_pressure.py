@@ -9,7 +9,7 @@ from ballast.guest.linux.psi import PRESSURE_FILE
 from ballast.guest.linux.tree import Tree
 from ballast.guest.memory.groups import OUR_FILE
 from ballast.guest.memory.level import PressureLevel
-from ballast.guest.memory.pressure import DEFAULT_TRIGGERS, Pressure
+from ballast.guest.memory.pressure import DEFAULT_TRIGGERS, Pressure, _Ours
 from ballast.wire.errors import BadRequest, Busy, KernelFailure, NotSupported
 from ballast.wire.memory_names import Level, PsiTrigger
 from ballast.wire.message import Event
@@ -110,8 +110,10 @@ def test_an_event_tells_the_level_of_its_window_without_what_may_have_been_ours(
     make_tree: MakeTree, trigger: PsiTrigger, ours_us: int, level: Level
 ) -> None:
     told = Told()
-    pressure = make_pressure(make_tree({PRESSURE_FILE: figures(1.5, 0.5), OUR_FILE: figures(0, 0)}))
-    assert pressure._tell(trigger, Subscription(frozenset(), told.deliver), ours_us)
+    tree = make_tree({PRESSURE_FILE: figures(1.5, 0.5), OUR_FILE: figures(0, 0)})
+    ours = _Ours(tree, trigger.kind)
+    make_tree({OUR_FILE: figures(0, 0).replace("total=5", f"total={5 + ours_us}")})
+    assert make_pressure(tree)._tell(trigger, Subscription(frozenset(), told.deliver), ours)
     assert told.events[0].data == {
         "level": level,
         "kind": trigger.kind,
@@ -128,5 +130,18 @@ def test_an_event_tells_no_less_than_the_level_that_it_is_now(make_tree: MakeTre
     level = PressureLevel(tree)
     level.hear("full")
     subscription = Subscription(frozenset(), told.deliver)
-    Pressure(tree, level, max_triggers=1)._tell(DEFAULT_TRIGGERS[0], subscription, 0)
+    Pressure(tree, level, max_triggers=1)._tell(DEFAULT_TRIGGERS[0], subscription, _Ours(tree, "some"))
     assert told.events[0].data["level"] == "critical"
+
+
+def test_what_was_ours_is_counted_from_the_last_event_on(make_tree: MakeTree) -> None:
+    ours = _Ours(make_tree({OUR_FILE: figures(0, 0).replace("total=5", "total=1000")}), "full")
+    make_tree({OUR_FILE: figures(0, 0).replace("total=5", "total=1700")})
+    assert ours.since_us() == 700
+    ours.note()
+    assert ours.since_us() == 0
+
+
+@pytest.mark.parametrize("files", [{}, {OUR_FILE: "garbage"}])
+def test_where_the_kernel_does_not_tell_nothing_was_ours(make_tree: MakeTree, files: dict[str, str]) -> None:
+    assert _Ours(make_tree(files), "some").since_us() == 0

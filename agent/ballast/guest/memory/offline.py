@@ -1,7 +1,9 @@
 """Takes DIMMs offline, so that the host can unplug them: whole, or not at all.
 
 No page is given away and none is touched: the kernel moves what is in use elsewhere, and the host then takes the
-empty DIMM. If one block of a DIMM cannot be emptied, those before it come online again in the zone they were in.
+empty DIMM. If one block of a DIMM cannot be emptied, those before it come online again in the zone they were in, and
+for a while other DIMMs are chosen first. So is, of two, the one that has less to be moved; and if there is no place for
+that, cold page cache makes room before.
 """
 
 from __future__ import annotations
@@ -9,20 +11,26 @@ from __future__ import annotations
 import asyncio
 import errno
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+from ballast.guest.linux.kpageflags import count_free_bytes
 from ballast.guest.linux.meminfo import Meminfo, parse_meminfo
 from ballast.guest.linux.tree import Tree
+from ballast.guest.memory.backoff import Backoff
 from ballast.guest.memory.blocks import MEMORY, Blocks
 from ballast.guest.memory.decisions import Decisions
 from ballast.guest.memory.dimms import Dimm, read_dimms
 from ballast.guest.memory.floor import floor_bytes
 from ballast.guest.memory.leaving import Leaving
 from ballast.guest.memory.offline_child import take_offline
+from ballast.guest.memory.trim import TRIM_S, trim
+from ballast.guest.threads import in_thread
 from ballast.wire.errors import BadRequest, Busy
 from ballast.wire.memory_names import BlockResult, ChangeReason, DimmResult, OfflineResult, Zone
 
 TIMEOUT_S = 30.0
+FAILED_FIRST_S, FAILED_MOST_S = 50.0, 300.0  # as virtio-mem does it
+_SLACK_BYTES = 32 << 20  # what the kernel keeps for itself while it moves pages
 _REASONS = {errno.ETIMEDOUT: "deadline", errno.ECHILD: "killed"}
 _GROUNDS: dict[str | None, ChangeReason] = {"no-room": "no-room", "deadline": "deadline", "killed": "killed"}
 
@@ -35,6 +43,7 @@ class Offline:
         self._blocks = blocks
         self._leaving = leaving
         self._decisions = decisions or Decisions()
+        self._failed = Backoff(FAILED_FIRST_S, FAILED_MOST_S)
 
     @property
     def leaving(self) -> Leaving:
@@ -61,7 +70,7 @@ class Offline:
         except TimeoutError as error:
             raise Busy("other memory blocks are being brought online or offline") from error
         try:
-            chosen = self._choose(bytes_, indexes, address)
+            chosen = await self._choose(bytes_, indexes, address)
             before = self._read_memory()
             results = [one for wanted in chosen.values() for one in await self._take_dimm(wanted, deadline_s)]
         finally:
@@ -70,7 +79,9 @@ class Offline:
         done = sum(1 for one in results if one.result == "done")
         return OfflineResult(done * self._size_bytes(), results, [self._result_of(dimm) for dimm in chosen])
 
-    def _choose(self, bytes_: int | None, indexes: Sequence[int] | None, address: int | None) -> dict[Dimm, list[int]]:
+    async def _choose(
+        self, bytes_: int | None, indexes: Sequence[int] | None, address: int | None
+    ) -> dict[Dimm, list[int]]:
         """The DIMMs to deal with, and which blocks of each."""
         dimms = read_dimms(self._tree, self._blocks)
         if indexes is not None:
@@ -84,22 +95,46 @@ class Offline:
             if not chosen:
                 raise BadRequest(f"Parameter 'dimm' is the first address of no DIMM: {address:#x}", argument="dimm")
         else:
-            chosen = self._fit(dimms, bytes_ or 0)
+            fitting = [dimm for dimm in dimms if len(dimm.indexes) * self._size_bytes() <= (bytes_ or 0)]
+            used_bytes = await in_thread(lambda: self._read_used(fitting), name="memory-used")
+            chosen = self._fit(fitting, bytes_ or 0, used_bytes)
         return {dimm: list(dimm.indexes) for dimm in chosen}
 
-    def _fit(self, dimms: list[Dimm], bytes_: int) -> list[Dimm]:
-        """Those that are offline already, so that a repeated request takes no more; then movable ones from the top."""
+    def _read_used(self, dimms: Sequence[Dimm]) -> dict[Dimm, int]:
+        """What is in use of each DIMM that is online; nothing where there is no choice, or the kernel does not tell."""
+        online = {dimm: [index for index in dimm.indexes if self._is_online(index)] for dimm in dimms}
+        if sum(1 for indexes in online.values() if indexes) < 2:
+            return {}
+        try:
+            return {
+                dimm: len(indexes) * self._size_bytes() - self._free_bytes(indexes) for dimm, indexes in online.items()
+            }
+        except OSError:
+            return {}
+
+    def _free_bytes(self, indexes: Iterable[int]) -> int:
+        size_bytes = self._size_bytes()
+        return sum(count_free_bytes(self._tree, index * size_bytes, size_bytes) for index in indexes)
+
+    def _fit(self, dimms: list[Dimm], bytes_: int, used_bytes: dict[Dimm, int]) -> list[Dimm]:
+        """Those that are offline already, so that a repeated request takes no more; then those that are emptied best.
+
+        Those last of which a block failed lately; movable ones, with little in use, from the top.
+        """
+
+        def reluctance(dimm: Dimm) -> tuple[bool, bool, bool, int, int]:
+            online = [index for index in dimm.indexes if self._is_online(index)]
+            failed = any(index in self._failed for index in online)
+            kernel = any(self._blocks.zone(index) != "movable" for index in online)
+            return bool(online), failed, kernel, used_bytes.get(dimm, 0), -dimm.address
+
         chosen = []
-        for dimm in sorted(dimms, key=self._reluctance):
+        for dimm in sorted(dimms, key=reluctance):
             dimm_bytes = len(dimm.indexes) * self._size_bytes()
             if dimm_bytes <= bytes_:
                 chosen.append(dimm)
                 bytes_ -= dimm_bytes
         return chosen
-
-    def _reluctance(self, dimm: Dimm) -> tuple[bool, bool, int]:
-        online = [index for index in dimm.indexes if self._is_online(index)]
-        return bool(online), any(self._blocks.zone(index) != "movable" for index in online), -dimm.address
 
     async def _take_dimm(self, wanted: list[int], deadline_s: float) -> list[BlockResult]:
         """Deal with those blocks of one DIMM, from the top: all of them offline, or all as before."""
@@ -127,9 +162,27 @@ class Offline:
             return ""
         if not self._has_room(len(zones) * self._size_bytes()):
             return "no-room"
+        await in_thread(lambda: self._make_room(list(zones), deadline_s), name="memory-trim")
+        left_s = deadline_s - time.monotonic()
         paths = [self._tree.path(f"{MEMORY}/memory{index}/state") for index in zones]
-        number = await take_offline(paths, deadline_s - time.monotonic())
+        number = await take_offline(paths, left_s)
+        self._failed.forget(zones.keys() if not number else ())
+        if number and left_s > 0:
+            self._failed.fail([index for index in zones if self._is_online(index)][:1])
         return _REASONS.get(number) or errno.errorcode.get(number, str(number))
+
+    def _make_room(self, going: list[int], deadline_s: float) -> None:
+        """Let go of cold page cache where the rest of memory has no free place for what is in use there."""
+        try:
+            free_bytes = self._free_bytes(going)
+        except OSError:  # it is the kernel's business then
+            return
+        used_bytes = len(going) * self._size_bytes() - free_bytes
+        short_bytes = used_bytes + _SLACK_BYTES - (self._read_memory().free_bytes - free_bytes)
+        # Half of the time at most: it is the lesser part of the work.
+        left_s = (deadline_s - time.monotonic()) / 2
+        if used_bytes and short_bytes > 0:
+            trim(self._tree, short_bytes, timeout_s=min(TRIM_S, left_s))
 
     def _has_room(self, going_bytes: int) -> bool:
         """Whether the rest of memory has room for what is in use: without, the kernel would only drive all out."""

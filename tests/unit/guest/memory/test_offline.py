@@ -18,6 +18,7 @@ from ballast.guest.memory.decisions import Decisions
 from ballast.guest.memory.leaving import Leaving
 from ballast.guest.memory.offline import Offline
 from ballast.guest.memory.offline_child import take_offline
+from ballast.guest.memory.trim import RECLAIM
 from ballast.wire.errors import BadRequest, Busy, NotSupported
 from ballast.wire.memory_names import DimmResult, OfflineResult
 from tests.unit.guest.conftest import MakeTree
@@ -25,6 +26,8 @@ from tests.unit.guest.conftest import MakeTree
 SIZE_BYTES = 128 << 20
 MEMINFO: tuple[str, ...] = ("MemFree", "Cached", "SReclaimable", "SwapCached", "Committed_AS")
 MEMINFO += ("Active(anon)", "Inactive(anon)", "Active(file)", "Inactive(file)")
+
+KINDS = ("some", "full")
 
 
 def address(block: int) -> int:
@@ -35,14 +38,24 @@ class Guest:
     """Eight blocks of boot memory, and DIMMs as {first block: zone of each of its blocks, or offline}."""
 
     def __init__(
-        self, make_tree: MakeTree, dimms: dict[int, list[str]], *, available_mib: int = 4096, swap_mib: int = 0
+        self,
+        make_tree: MakeTree,
+        dimms: dict[int, list[str]],
+        *,
+        available_mib: int = 4096,
+        swap_mib: int = 0,
+        free_mib: int = 4096,
+        stalls: float = 0.0,
     ) -> None:
         sizes = dict.fromkeys(MEMINFO, 0) | {"MemTotal": 8192, "MemAvailable": available_mib}
-        sizes |= {"SwapTotal": swap_mib, "SwapFree": swap_mib}
+        sizes |= {"SwapTotal": swap_mib, "SwapFree": swap_mib, "MemFree": free_mib}
         meminfo = "".join(f"{name}: {mib << 10} kB\n" for name, mib in sizes.items())
         files = {
             f"{MEMORY}/block_size_bytes": "8000000\n",
             "proc/meminfo": meminfo,
+            "proc/vmstat": "workingset_refault_anon 0\nworkingset_refault_file 0\n",
+            "proc/pressure/memory": "".join(f"{kind} avg10={stalls} avg60=0 avg300=0 total=0\n" for kind in KINDS),
+            "sys/fs/cgroup/cgroup.procs": "",
         }
         blocks: dict[int, tuple[str, int | None]] = dict.fromkeys(range(8), ("none", None))
         blocks |= {first + n: (zone, first) for first, zones in dimms.items() for n, zone in enumerate(zones)}
@@ -60,6 +73,14 @@ class Guest:
 
     def states(self, first: int, count: int) -> list[str]:
         return [self.tree.read(f"{MEMORY}/memory{index}/state") for index in range(first, first + count)]
+
+    def use(self, *, used_blocks: list[int]) -> None:
+        """Have the kernel tell of each block's frames whether they are free, in a file with holes."""
+        pages = SIZE_BYTES // 4096
+        with self.tree.path("proc/kpageflags").open("wb") as file:
+            for index in {*range(32, 48)} - {*used_blocks}:
+                file.seek(8 * pages * index)
+                file.write((1 << 10).to_bytes(8, "little") * pages)
 
     def refuse(self, index: int) -> None:
         """Make it a block that is online and cannot be written to, not even by root."""
@@ -123,6 +144,41 @@ async def test_of_bytes_whole_dimms_movable_ones_first_and_never_more(
     assert [one.address for one in result.dimms] == [address(first) for first in chosen]
     assert all(one.offline for one in result.dimms)
     assert result.bytes == 2 * SIZE_BYTES * len(set(chosen) - {40})
+
+
+async def test_of_two_the_one_with_less_in_use_is_taken(make_tree: MakeTree) -> None:
+    guest = Guest(make_tree, {32: ["Movable"] * 2, 34: ["Movable"] * 2, 40: ["Movable"] * 2})
+    guest.use(used_blocks=[33, 40, 41])
+    for first in (34, 32, 40):
+        result = await guest.offline.take(bytes_=2 * SIZE_BYTES)
+        assert [one.address for one in result.dimms] == [address(first)]
+        for index in (first, first + 1):
+            guest.tree.path(f"{MEMORY}/memory{index}/firmware_node/hid").unlink()  # the host has taken it out
+
+
+async def test_one_that_failed_lately_comes_last_unless_it_is_named(make_tree: MakeTree) -> None:
+    guest = Guest(make_tree, {32: ["Normal"] * 2, 34: ["Movable"] * 2})
+    guest.refuse(34)
+    assert told(await guest.offline.take(bytes_=2 * SIZE_BYTES))[35] == ("failed", "undone")
+    result = await guest.offline.take(bytes_=2 * SIZE_BYTES)
+    assert [(one.address, one.offline) for one in result.dimms] == [(address(32), True)]
+    named = await guest.offline.take(address=address(34))
+    assert told(named)[34][0] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("free_mib", "stalls", "trimmed"), [(512, 0.0, None), (140, 0.0, "20971520"), (140, 5.0, None)]
+)
+async def test_cold_page_cache_makes_room_for_what_has_to_move_but_never_under_pressure(
+    make_tree: MakeTree, free_mib: int, stalls: float, trimmed: str | None
+) -> None:
+    """128 MiB are to be moved and 32 kept free; what is free in the other block goes with it."""
+    guest = Guest(make_tree, {32: ["Movable"] * 2}, free_mib=free_mib + 128, stalls=stalls)
+    guest.use(used_blocks=[33])
+    assert (await guest.offline.take(address=address(32))).bytes == 2 * SIZE_BYTES
+    reclaim = guest.tree.path(RECLAIM)
+    last_bytes = {"20971520": "4194304 swappiness=0", None: None}[trimmed]  # the second piece, of 20 MiB
+    assert (reclaim.read_text() if reclaim.exists() else None) == last_bytes
 
 
 async def test_a_repeated_request_takes_no_more_and_starts_the_minute_anew(make_tree: MakeTree) -> None:

@@ -83,6 +83,8 @@ class Memory:
 
     # Before 0.3 it was true or false, and may be still.
     online: Literal["agent", "kernel", "off"] = field(default="agent", metadata={True: "agent", False: "off"})
+    # "auto": it stays empty where the kernel's own is in use.
+    balloon: Literal["auto", "always", "off"] = "auto"
 
 
 # Below the root of control groups, without "." and ".."; ours is what the level leaves out.

@@ -79,7 +79,7 @@ class Daemon:
         self._events = events = Events()
         self._decisions = decisions = Decisions()
         self._quiesce = Quiesce(tree, events, config, self._find_writers)
-        self._balloon = Balloon(tree, events, decisions, boot_id=self._boot_id)
+        self._balloon = Balloon(tree, events, decisions, boot_id=self._boot_id, mode=config.memory.balloon)
         self._relief = Relief(self._balloon, self._pressure, events, decisions)
         blocks = Blocks(tree, lambda: self._balloon.bytes, decisions)
         leaving = Leaving()

@@ -69,7 +69,8 @@ def memory_table(memory: MemoryStatus) -> Table:
         ),
     ]
     if memory.kernel_balloon:
-        rows.append((memory.kernel_balloon.driver, format_size(memory.kernel_balloon.bytes)))
+        held_bytes = memory.kernel_balloon.bytes
+        rows.append((memory.kernel_balloon.driver, "size unknown" if held_bytes is None else format_size(held_bytes)))
     return Table("memory", rows)
 
 

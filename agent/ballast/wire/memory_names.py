@@ -82,10 +82,13 @@ class BlockCounts:
 
 @dataclass(frozen=True, slots=True)
 class KernelBalloon:
-    """A balloon driver of the kernel's and what it holds."""
+    """A balloon driver of the kernel's and what it holds, None where it does not tell; the rest is since boot."""
 
     driver: str
-    bytes: int
+    bytes: int | None
+    inflated_bytes: int | None = None
+    deflated_bytes: int | None = None
+    migrated_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,8 @@ from ballast.guest.memory.decisions import Decisions
 from ballast.guest.memory.floor import Readings, read_now, room_bytes
 from ballast.guest.memory.holder_client import HeldChunk, HolderConnection, HolderLost, merged
 from ballast.guest.memory.holder_protocol import CHUNK_BYTES, GRAIN_BYTES
-from ballast.wire.errors import AgentError, KernelFailure, NoSuchId
+from ballast.guest.memory.kernel_balloon import BalloonMode, refusal
+from ballast.wire.errors import AgentError, KernelFailure, NoSuchId, NotSupported
 from ballast.wire.memory_names import BalloonDeflated, BalloonInflated, BalloonRanges, BalloonState, Ranges
 from ballast.wire.names import ProcessState
 
@@ -48,8 +49,10 @@ class Balloon:
         *,
         boot_id: str,
         path: str = protocol.SOCKET_PATH,
+        mode: BalloonMode = "auto",
     ) -> None:
         self.target_bytes = 0
+        self._mode: BalloonMode = mode
         self._tree = tree
         self._events = events
         self._decisions = decisions or Decisions()
@@ -103,7 +106,8 @@ class Balloon:
     async def inflate(self, target_bytes: int) -> BalloonInflated:
         """Take a chunk towards the target, or return the one that still waits for its ack.
 
-        NotSupported without io_uring; KernelFailure, DeadlineExceeded. Blocks for up to TAKE_S.
+        NotSupported without io_uring, where frames are hidden, and beside another balloon that is in use;
+        KernelFailure, DeadlineExceeded. Blocks for up to TAKE_S.
         """
         async with self._lock:
             if self._held is None:
@@ -197,6 +201,9 @@ class Balloon:
         """Take what is wanted, as far as it can be spared; nothing at a floor."""
         if self._has_moved:
             raise KernelFailure(_MOVED, operation="pin")
+        if wanted_bytes >= GRAIN_BYTES and (reason := refusal(self._tree, self._mode)):
+            self._decisions.note("not-inflated", "configured", wanted_bytes, target_bytes=self.target_bytes)
+            raise NotSupported(reason)
         now, wanted_bytes = self.look(), min(wanted_bytes, CHUNK_BYTES)
         bytes_ = min(wanted_bytes, self._room_bytes(now)) // GRAIN_BYTES * GRAIN_BYTES
         numbers = now.numbers() | {"target_bytes": self.target_bytes}

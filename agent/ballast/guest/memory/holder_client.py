@@ -130,6 +130,8 @@ class HolderConnection:
         number, operation = int(answer["errno"]), str(answer["operation"])
         if number in _IO_URING_OFF and operation.startswith("io_uring"):
             raise NotSupported(f"this kernel lets nobody pin memory: {operation} (see kernel.io_uring_disabled)")
+        if number == errno.EPERM and "pagemap" in operation:
+            raise NotSupported("the balloon's holder cannot see where its memory is, for want of CAP_SYS_ADMIN")
         raise KernelFailure(f"the balloon cannot {message['op']}: {operation}", operation=operation, errno=number)
 
     def hurry(self) -> None:

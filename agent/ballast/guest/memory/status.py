@@ -16,6 +16,7 @@ from ballast.guest.linux.vmstat import parse_vmstat
 from ballast.guest.memory.balloon import Balloon
 from ballast.guest.memory.blocks import Blocks
 from ballast.guest.memory.demand import Learnt, demand_parts, learn, read_demand
+from ballast.guest.memory.kernel_balloon import kernel_balloon
 from ballast.guest.memory.level import PressureLevel
 from ballast.wire import memory_names as names
 from ballast.wire.shape import to_wire
@@ -56,7 +57,7 @@ class MemoryFacts:
             demand=parts,
             balloon=balloon,
             blocks=self._blocks.counts(),
-            kernel_balloon=None,
+            kernel_balloon=kernel_balloon(self._tree),
             level_source=look.source,
             psi_cgroups={name: _pressure(stalls) for name, stalls in look.groups.items()} or None,
             lru=self._lru(memory, balloon.bytes),

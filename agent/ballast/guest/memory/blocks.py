@@ -10,6 +10,7 @@ within three times the rest, because the kernel's own data can live only in the 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import time
 from collections import Counter
@@ -25,7 +26,7 @@ from ballast.guest.memory.floor import MOVABLE_RATIO
 from ballast.guest.memory.offline_child import take_offline
 from ballast.guest.threads import in_thread
 from ballast.wire.errors import BadRequest, KernelFailure, NotSupported
-from ballast.wire.memory_names import BlockCounts, BlockResult, ChangeReason, OnlineResult, Zone
+from ballast.wire.memory_names import BlockCounts, BlockResult, Change, ChangeReason, OnlineResult, Zone
 
 MEMORY = "sys/devices/system/memory"
 OFFLINE_S = 10.0
@@ -129,21 +130,19 @@ class Blocks:
 
     def note(self, results: Iterable[BlockResult], reason: ChangeReason) -> None:
         """Note what came online, or did not, and what there is of both kinds of memory now."""
-        counted = Counter((one.result, one.zone) for one in results)
-        movable_bytes, kernel_bytes = self._zone_bytes() if counted else (0, 0)
+        counted = Counter((one.result, one.zone) for one in results if one.result != "already")
+        numbers = {}
+        with contextlib.suppress(KernelFailure):  # memory is short
+            numbers["movable_bytes"], numbers["kernel_bytes"] = self._zone_bytes()
         for (result, zone), count in counted.items():
-            if result != "already":
-                self._decisions.note(
-                    "online-failed"
-                    if result == "failed"
-                    else "onlined-movable"
-                    if zone == "movable"
-                    else "onlined-kernel",
-                    "kernel" if result == "failed" else reason,
-                    count * self.block_size_bytes(),
-                    movable_bytes=movable_bytes,
-                    kernel_bytes=kernel_bytes,
-                )
+            change: Change = "onlined-movable" if zone == "movable" else "onlined-kernel"
+            done = result == "done"
+            self._decisions.note(
+                change if done else "online-failed",
+                reason if done else "kernel",
+                count * self.block_size_bytes(),
+                **numbers,
+            )
 
     async def bring_back(self, zones: Mapping[int, Zone]) -> list[BlockResult]:
         """Online each block in the zone given, for who holds ``changing``. One result a block."""

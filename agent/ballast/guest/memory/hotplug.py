@@ -87,7 +87,8 @@ class Hotplug:
     async def run(self) -> None:
         """Online what is offline, then whatever comes, and what was to leave and did not."""
         self._left_offline = self._read_left_offline()
-        self._onliners.find()
+        if self._online:
+            self._onliners.find()
         self._look()
         async with asyncio.TaskGroup() as group:
             group.create_task(self._watch_added())
@@ -177,24 +178,26 @@ class Hotplug:
     async def _online_added(self) -> None:
         by_others, self._by_others = self._by_others, []
         results = [BlockResult(index, self._blocks.zone(index), "already") for index in sorted(by_others)]
-        loop, taken = asyncio.get_running_loop(), 0
+        loop, taken = asyncio.get_running_loop(), list[int]()
 
         def next_added() -> int | None:
             """Uevents can wait from the second block on: before that the kernel is still telling of new ones."""
-            nonlocal taken
-            taken += 1
-            self._is_under_way = taken > 1
-            if taken % READ_AFTER_BLOCKS == 0:
+            self._is_under_way = bool(taken)
+            try:
+                taken.append(self._added.popleft())
+            except IndexError:
+                return None
+            if len(taken) % READ_AFTER_BLOCKS == 0:
                 loop.call_soon_threadsafe(self._may_hear.set)
-            with contextlib.suppress(IndexError):
-                return self._added.popleft()
-            return None
+            return taken[-1]
 
         try:
             results += await self._blocks.online_next(next_added)
-        except AgentError as error:
+        except (AgentError, OSError, RuntimeError) as error:
+            # No memory to read a file of the kernel's, or for the thread.
+            self._retry.fail([*taken, *self._added])
             self._added.clear()
-            log.warning("cannot bring hot-added memory online: %s", error.desc)
+            log.warning("cannot bring hot-added memory online now, will try again: %s", error)
         finally:
             self._is_under_way = False
             self._may_hear.set()

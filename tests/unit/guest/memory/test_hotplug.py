@@ -175,6 +175,24 @@ async def test_what_failed_is_tried_again_and_each_time_told(guest: Guest) -> No
     assert guest.retry.wait_s() is None
 
 
+@pytest.mark.parametrize("missing", ["proc/iomem", "proc/zoneinfo"])
+async def test_what_cannot_be_read_for_want_of_memory_is_read_later(guest: Guest, missing: str) -> None:
+    hotplug = guest.start()
+    await guest.next_event()
+    there, away = guest.tree.path(missing), guest.path.with_name("away")
+    there.rename(away)
+    guest.set_state(36, "offline")
+    hotplug.hear(uevent("add", 36))
+    while guest.retry.wait_s() is None:  # noqa: ASYNC110 - nothing is published of it
+        await asyncio.sleep(0)
+    away.rename(there)
+    guest.now_s += 2.0
+    guest.set_state(37, "offline")
+    hotplug.hear(uevent("add", 37))
+    _, blocks = await guest.next_event()
+    assert [(block["phys-index"], block["result"]) for block in blocks] == [(37, "done"), (36, "done")]
+
+
 @pytest.mark.parametrize("action", ["offline", "remove", "online"])
 async def test_what_failed_and_is_nobody_s_wish_any_more_is_let_be(guest: Guest, action: str) -> None:
     hotplug = guest.start()

@@ -219,3 +219,27 @@ async def test_set_state_gives_the_kernel_s_errno(recorded: Tree) -> None:
     result, number = await Blocks(recorded).set_state(34, online=True)
     assert result == "operation-failed"
     assert number in (errno.EIO, errno.EACCES)
+
+
+async def test_virtio_mem_s_blocks_are_onlined_but_never_taken_offline(make_tree: MakeTree) -> None:
+    files = kernel(boot_blocks=8, dimms={32: ["Movable"]})
+    address = 40 * SIZE_BYTES
+    files["proc/iomem"] += f"{address:x}-{address + 8 * SIZE_BYTES - 1:x} : virtio0\n"
+    files["proc/iomem"] += f"  {address:x}-{address + SIZE_BYTES - 1:x} : System RAM (virtio_mem)\n"
+    files[f"{MEMORY}/memory40/state"] = "offline\n"
+    tree = make_tree(files)
+    blocks = Blocks(tree)
+    assert await blocks.set_state(40, online=True) == ("success", None)
+    tree.write(f"{MEMORY}/memory40/state", "online")
+    assert await blocks.set_state(40, online=False) == ("operation-not-supported", None)
+    assert states(tree, [40]) == ["online"]
+
+
+async def test_what_is_handed_out_is_onlined_until_there_is_no_more(recorded: Tree) -> None:
+    queue = [34, 99, 35, None]
+    results = await Blocks(recorded).online_next(lambda: queue.pop(0))
+    assert [(one.phys_index, one.zone, one.result) for one in results] == [
+        (34, "movable", "done"),
+        (35, "movable", "done"),
+    ]
+    assert states(recorded, OFFLINE_DIMM) == ["online_movable"] * 2

@@ -1,4 +1,4 @@
-"""sd_notify(3) and the notify socket, without ever waiting.
+"""sd_listen_fds(3), and sd_notify(3) and the notify socket without ever waiting.
 
 systemd-python's ``daemon.notify`` waits when the receiver's queue is full, and PID 1 can itself be stuck behind a
 frozen root: then a watchdog message that waits would stop the one process that could thaw it.
@@ -8,6 +8,23 @@ from __future__ import annotations
 
 import os
 import socket
+
+_LISTEN_FDS_START = 3  # SD_LISTEN_FDS_START of systemd/sd-daemon.h
+
+
+def listen_fds() -> list[int]:
+    """The descriptors that systemd has passed to this process, from 3 on; none if it has passed none, or a second time.
+
+    They are not inherited any further, and neither is the word of them.
+    """
+    pid, count = os.environ.pop("LISTEN_PID", ""), os.environ.pop("LISTEN_FDS", "")
+    os.environ.pop("LISTEN_FDNAMES", None)
+    if pid != str(os.getpid()) or not count.isdigit():
+        return []
+    fds = list(range(_LISTEN_FDS_START, _LISTEN_FDS_START + int(count)))
+    for fd in fds:
+        os.set_inheritable(fd, False)
+    return fds
 
 
 def notify(state: str) -> bool:

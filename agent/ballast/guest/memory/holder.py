@@ -17,9 +17,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from systemd.daemon import listen_fds
-
 from ballast.guest.linux import mman
+from ballast.guest.linux.notify import listen_fds
 from ballast.guest.linux.pagemap import Pagemap
 from ballast.guest.linux.pidfd import allow_tracer
 from ballast.guest.memory import holder_protocol as protocol

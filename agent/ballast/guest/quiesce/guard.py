@@ -19,8 +19,6 @@ import struct
 import sys
 from typing import Any
 
-from systemd.daemon import listen_fds
-
 from ballast.guest.linux import mman, notify, rcu
 from ballast.guest.linux.tree import Tree
 from ballast.guest.linux.writeback import DirtyLimit
@@ -217,7 +215,7 @@ def _lease(message: dict[str, Any]) -> float:
 
 def main() -> int:
     """Run on the socket that systemd passes; exit status 0."""
-    fds = listen_fds()
+    fds = notify.listen_fds()
     if not fds:
         sys.stderr.write("ballast-guard: no socket from systemd: it is started by ballast-guard.socket\n")
         return 2

@@ -16,10 +16,8 @@ import sys
 import threading
 from pathlib import Path
 
-from systemd import journal
-from systemd.daemon import listen_fds
-
-from ballast.guest.linux.notify import notify, watchdog_s
+from ballast.guest.linux.notify import listen_fds, notify, watchdog_s
+from ballast.guest.service import journal
 
 _QUEUED_LINES = 1000
 _FLUSH_S = 1.0
@@ -78,14 +76,14 @@ class JournalHandler(logging.Handler):
         if not self._to_journal:
             sys.stderr.write(f"{record.levelname.lower()}: {text}\n")
             return
-        journal.send(
-            text,
-            PRIORITY=_PRIORITIES.get(record.levelno, 6),
-            SYSLOG_IDENTIFIER="ballastd",
-            CODE_MODULE=record.name,
-            CODE_LINE=record.lineno,
-            **_own_fields(record),
-        )
+        fields = {
+            "MESSAGE": text,
+            "PRIORITY": _PRIORITIES.get(record.levelno, 6),
+            "SYSLOG_IDENTIFIER": "ballastd",
+            "CODE_MODULE": record.name,
+            "CODE_LINE": record.lineno,
+        }
+        journal.send(fields | _own_fields(record))
 
 
 def _own_fields(record: logging.LogRecord) -> dict[str, str]:

@@ -1,14 +1,16 @@
-"""sd_notify, to a manager that reads and to one that does not."""
+"""sd_listen_fds; sd_notify, to a manager that reads and to one that does not."""
 
 from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from ballast.guest.linux.notify import notify, watchdog_s
+from ballast.guest.linux.notify import listen_fds, notify, watchdog_s
 
 
 @pytest.fixture(autouse=True)
@@ -64,3 +66,28 @@ def test_watchdog(monkeypatch: pytest.MonkeyPatch, usec: str | None, pid: str | 
     if pid is not None:
         monkeypatch.setenv("WATCHDOG_PID", str(os.getpid()) if pid == "ours" else pid)
     assert watchdog_s() == seconds
+
+
+@pytest.mark.parametrize(
+    ("pid", "count"), [(None, "1"), ("", "1"), ("1", "1"), ("ours", None), ("ours", ""), ("ours", "-1"), ("ours", "0")]
+)
+def test_what_is_passed_to_another_or_is_nothing_is_not_ours(
+    monkeypatch: pytest.MonkeyPatch, pid: str | None, count: str | None
+) -> None:
+    for name, value in (("LISTEN_PID", str(os.getpid()) if pid == "ours" else pid), ("LISTEN_FDS", count)):
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    assert listen_fds() == []
+
+
+def test_what_is_passed_is_taken_once_and_not_inherited() -> None:
+    program = (
+        "import os; os.dup2(0, 3); os.dup2(0, 4)\n"
+        "os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='2', LISTEN_FDNAMES='a:b')\n"
+        "from ballast.guest.linux.notify import listen_fds\n"
+        "print(listen_fds(), os.get_inheritable(3), listen_fds(), [n for n in os.environ if n.startswith('LISTEN')])"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert ran.stdout == "[3, 4] False [] []\n"

@@ -10,15 +10,12 @@ import pytest_asyncio
 
 from ballast.host.agent import Agent
 from tests.lab.guest import Guest
+from tests.lab.shortage import held, swap, swap_out
 from tests.vm.test_balloon import inflate
 
 MIB = 1 << 20
 SLACK_BYTES = 40 * MIB
 TAKEN_BYTES = 192 * MIB
-SWAP = "/root/lab-swap"
-# Holds 160 MiB and touches none of it again.
-HOLD = "x = bytearray(b'x' * (160 << 20)); print('full', flush=True); import time; time.sleep(600)"
-UNIT = "lab-hold"
 
 
 @pytest_asyncio.fixture
@@ -60,34 +57,19 @@ async def test_the_balloon_is_no_demand_though_its_pages_are_used_and_may_be_pro
     assert abs(after.lru.inactive_anon_bytes - before.lru.inactive_anon_bytes) < SLACK_BYTES
 
 
-@pytest.fixture
-def swap(guest: Guest) -> Iterator[None]:
-    guest.run(f"fallocate -l 256M {SWAP}; chmod 600 {SWAP}; mkswap -q {SWAP}; swapon {SWAP}", timeout_s=60)
-    yield
-    guest.run(f"swapoff {SWAP}; rm {SWAP}", timeout_s=60)
-
-
-@pytest.mark.usefixtures("swap")
 async def test_what_is_swapped_out_is_needed_as_much(
     guest: Guest, agent: Agent, measured: Callable[[str], None]
 ) -> None:
-    guest.run(
-        f'systemd-run --quiet --unit={UNIT} --property=StandardOutput=file:/run/{UNIT} /usr/bin/python3 -Ic "{HOLD}"; '
-        f"until grep -q full /run/{UNIT}; do sleep 0.1; done"
-    )
-    try:
-        held = await agent.memory_status()
-        reclaim = f"echo 120M >/sys/fs/cgroup/system.slice/{UNIT}.service/memory.reclaim || true"
-        await asyncio.to_thread(guest.run, reclaim, timeout_s=60)
-        swapped = await agent.memory_status()
-    finally:
-        guest.run(f"systemctl stop {UNIT}; rm /run/{UNIT}")
-    out_bytes = held.swap_free_bytes - swapped.swap_free_bytes
+    with swap(guest), held(guest):
+        before = await agent.memory_status()
+        await asyncio.to_thread(swap_out, guest)
+        after = await agent.memory_status()
+    out_bytes = before.swap_free_bytes - after.swap_free_bytes
     measured(
-        f"{out_bytes // MIB} MiB swapped out: unreclaimable {held.demand['unreclaimable'] // MIB} -> "
-        f"{swapped.demand['unreclaimable'] // MIB} MiB, demand {held.demand_bytes // MIB} -> "
-        f"{swapped.demand_bytes // MIB} MiB"
+        f"{out_bytes // MIB} MiB swapped out: unreclaimable {before.demand['unreclaimable'] // MIB} -> "
+        f"{after.demand['unreclaimable'] // MIB} MiB, demand {before.demand_bytes // MIB} -> "
+        f"{after.demand_bytes // MIB} MiB"
     )
     assert out_bytes > 60 * MIB
-    assert swapped.demand["unreclaimable"] < held.demand["unreclaimable"] - out_bytes // 2
-    assert swapped.demand_bytes > held.demand_bytes - SLACK_BYTES
+    assert after.demand["unreclaimable"] < before.demand["unreclaimable"] - out_bytes // 2
+    assert after.demand_bytes > before.demand_bytes - SLACK_BYTES

@@ -27,9 +27,9 @@ from ballast.guest.memory import balloon as balloon_module
 from ballast.guest.memory import holder_protocol as protocol
 from ballast.guest.memory.balloon import Balloon
 from ballast.guest.memory.decisions import Decisions
-from ballast.guest.memory.holder_client import HolderConnection
+from ballast.guest.memory.holder_client import HolderConnection, holder_state
 from ballast.guest.memory.holder_protocol import CHUNK_BYTES, GRAIN_BYTES
-from ballast.wire.errors import DeadlineExceeded, NoSuchId
+from ballast.wire.errors import DeadlineExceeded, KernelFailure, NoSuchId, NotSupported
 from ballast.wire.message import Event
 from tests.kernel.conftest import AGENT
 
@@ -58,10 +58,10 @@ class Holders:
         self._listener.listen(4)
         self._processes: list[subprocess.Popen[bytes]] = []
 
-    def start(self) -> subprocess.Popen[bytes]:
-        """A holder that listens."""
+    def start(self, kernel: str = "") -> subprocess.Popen[bytes]:
+        """A holder that listens; ``kernel`` is Python that makes its kernel another."""
         program = (
-            "import os, sys; os.dup2(int(sys.argv[1]), 3); os.environ['LISTEN_PID'] = str(os.getpid());"
+            f"{kernel}\nimport os, sys; os.dup2(int(sys.argv[1]), 3); os.environ['LISTEN_PID'] = str(os.getpid());"
             "from ballast.guest.memory.holder import main; sys.exit(main())"
         )
         process = subprocess.Popen(
@@ -247,7 +247,8 @@ async def test_the_next_agent_finds_all_of_it_with_the_chunk_that_waits(holders:
     before = await old.ranges()
     new = Balloon(holders.tree, told.events, boot_id="boot", path=str(holders.path))
     await new.recover()
-    assert (new.bytes, new.state().target_bytes, new.holder_state()) == (3 * GRAIN_BYTES, 3 * GRAIN_BYTES, "active")
+    assert (new.bytes, new.state().target_bytes) == (3 * GRAIN_BYTES, 3 * GRAIN_BYTES)
+    assert holder_state(holders.tree, new.bytes) == "active"
     assert await new.ranges() == before
     assert (await new.inflate(3 * GRAIN_BYTES)).chunk == second.chunk
     assert second.chunk is not None
@@ -448,3 +449,73 @@ def test_a_copied_ring_is_the_same_ring() -> None:
 def test_of_nobody_no_descriptor_can_be_copied() -> None:
     with pytest.raises(ProcessLookupError):
         copy_descriptor(2**22 - 1, 0)
+
+
+# The pin does not hold: each page is somewhere else whenever one looks.
+MOVING = """
+from ballast.guest.memory.chunk import Chunk
+Chunk.look_again = lambda self, pagemap: [[[4096, 4096]]] * len(self.ranges)
+"""
+# What pagemap shows without CAP_SYS_ADMIN: present, and no frame.
+HIDDEN = """
+import array, os
+read = os.pread
+def pread(fd, bytes_, offset):
+    entries = array.array("Q", read(fd, bytes_, offset))
+    return array.array("Q", [entry & ~((1 << 55) - 1) for entry in entries]).tobytes()
+os.pread = pread
+"""
+
+
+async def test_a_page_that_has_moved_stops_it_once_and_for_all(
+    balloon: Balloon, holders: Holders, told: Told, caplog: pytest.LogCaptureFixture
+) -> None:
+    holders.kill()
+    holders.start(MOVING)
+    first = await balloon.inflate(GRAIN_BYTES)
+    assert first.chunk is not None
+    await balloon.ack(first.chunk, 0)
+    second = await balloon.inflate(2 * GRAIN_BYTES)
+    for _ in range(2):
+        with pytest.raises(KernelFailure, match="moved"):
+            await balloon.inflate(2 * GRAIN_BYTES)
+    with pytest.raises(KernelFailure, match="moved"):
+        await balloon.ranges()
+    await balloon.look_again()
+    alarms = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert len(alarms) == 1
+    assert balloon.state().fault == "moved"
+    assert balloon.bytes == GRAIN_BYTES
+    moved = [data for data in told.data if data["cause"] == "moved"]
+    assert [data.get("chunk") for data in moved] == [None, second.chunk]
+    assert (await balloon.deflate(0)).total_bytes == 0
+
+
+async def test_where_frames_are_hidden_it_refuses_with_the_reason(balloon: Balloon, holders: Holders) -> None:
+    holders.kill()
+    holders.start(HIDDEN)
+    with pytest.raises(NotSupported, match="CAP_SYS_ADMIN"):
+        await balloon.inflate(GRAIN_BYTES)
+    assert balloon.bytes == 0
+
+
+async def test_the_looks_take_chunk_after_chunk_in_turn(balloon: Balloon) -> None:
+    chunks = []
+    for grains in range(1, 4):
+        chunks.append((await balloon.inflate(grains * GRAIN_BYTES)).chunk)
+        await balloon.ack(chunks[-1] or 0, 0)
+    looked_at = []
+    for _ in range(5):
+        await balloon.look_again()
+        looked_at.append(balloon._looked_at)
+    assert looked_at == [*chunks, *chunks[:2]]
+
+
+async def test_before_sleep_all_is_given_back_and_nothing_taken_for_a_while(balloon: Balloon, told: Told) -> None:
+    first = await balloon.inflate(GRAIN_BYTES)
+    assert first.chunk is not None
+    await balloon.ack(first.chunk, 0)
+    await balloon.inflate(2 * GRAIN_BYTES)
+    assert (await balloon.give_back_before_sleep()).total_bytes == 0
+    assert {data["cause"] for data in told.data[2:]} == {"suspend"}
+    assert (await balloon.inflate(GRAIN_BYTES)).floor

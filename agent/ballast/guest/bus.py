@@ -12,13 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 from ballast.guest import bus_connection
-from ballast.guest.bus_connection import (
-    BODY_LIMIT_BYTES,
-    Connection,
-    MessageFlag,
-)
+from ballast.guest.bus_connection import BODY_LIMIT_BYTES as BODY_LIMIT_BYTES
 from ballast.guest.bus_connection import BusError as BusError
+from ballast.guest.bus_connection import Connection
 from ballast.guest.bus_connection import Message as Message
+from ballast.guest.bus_connection import MessageFlag as MessageFlag
 from ballast.guest.bus_connection import MessageType as MessageType
 from ballast.guest.bus_connection import Variant as Variant
 from ballast.guest.bus_connection import decode as decode

@@ -32,8 +32,10 @@ from ballast.guest.linux.tree import Tree
 from ballast.guest.linux.uevents import UeventSocket
 from ballast.guest.memory import kernel_online
 from ballast.guest.memory.balloon import Balloon
+from ballast.guest.memory.balloon_watch import BalloonWatch
 from ballast.guest.memory.blocks import Blocks
 from ballast.guest.memory.decisions import Decisions
+from ballast.guest.memory.holder_client import holder_state, pin
 from ballast.guest.memory.holder_protocol import CHUNK_BYTES
 from ballast.guest.memory.hotplug import Hotplug
 from ballast.guest.memory.leaving import Leaving
@@ -42,6 +44,7 @@ from ballast.guest.memory.offline import Offline
 from ballast.guest.memory.onliners import Onliners
 from ballast.guest.memory.pressure import Pressure
 from ballast.guest.memory.relief import Relief
+from ballast.guest.memory.sleep import SleepLock
 from ballast.guest.memory.status import MemoryFacts
 from ballast.guest.peer import Bounds, Peers
 from ballast.guest.quiesce.outlook import LEASE_MAX_MS
@@ -80,6 +83,8 @@ class Daemon:
         self._decisions = decisions = Decisions()
         self._quiesce = Quiesce(tree, events, config, self._find_writers)
         self._balloon = Balloon(tree, events, decisions, boot_id=self._boot_id, mode=config.memory.balloon)
+        lock = SleepLock(self._balloon.give_back_before_sleep, is_frozen=lambda: self._quiesce.is_frozen)
+        self._watch = BalloonWatch(self._balloon, events, lock)
         self._relief = Relief(self._balloon, self._pressure, events, decisions)
         blocks = Blocks(tree, lambda: self._balloon.bytes, decisions)
         leaving = Leaving()
@@ -116,9 +121,9 @@ class Daemon:
             peers=len(self._peers),
             rss_bytes=resident_pages * page_size_bytes,
             psi=self._pressure.is_available,
-            pin=self._balloon.pin(),
+            pin=pin(self._tree),
             guard=self._quiesce.guard_state(),
-            holder=self._balloon.holder_state(),
+            holder=holder_state(self._tree, self._balloon.bytes),
         )
 
     async def run(self) -> None:
@@ -131,7 +136,14 @@ class Daemon:
         async with asyncio.TaskGroup() as group:
             await self._balloon.recover()
             kernel_online.arrange(self._tree, self._decisions, is_wanted=self._config.memory.online == "kernel")
-            parts = [self._quiesce.run(), self._hotplug.run(), self._relief.run(), feed_watchdog(), *self._transports()]
+            parts = [
+                self._quiesce.run(),
+                self._hotplug.run(),
+                self._relief.run(),
+                self._watch.run(),
+                feed_watchdog(),
+                *self._transports(),
+            ]
             parts += [self._hear(uevents), self._level.run(self._events)]
             if self._config.dbus.enabled:
                 parts += [self._dbus.run(), self._services.run(self._quiesce.wait_recovered)]

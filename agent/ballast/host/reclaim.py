@@ -157,7 +157,7 @@ class Reclaim:
             cause = event.data.get("cause")
             if chunk is not None and event.data.get("chunk") == chunk:
                 raise ChunkVoid(f"the guest has chunk {chunk} back")
-            if cause in ("pressure", "holder-lost"):
+            if cause in ("pressure", "holder-lost", "suspend"):
                 raise GaveWay(f"the guest took its memory back ({cause})", **event.data)
             if cause == "deflate":
                 self._given.clear()

@@ -64,10 +64,11 @@ class Pressure:
 
 @dataclass(frozen=True, slots=True)
 class BalloonState:
-    """What the balloon holds and was asked to hold."""
+    """What the balloon holds and was asked to hold; ``fault``: a pinned page has moved, so that no more is taken."""
 
     bytes: int
     target_bytes: int
+    fault: Literal["moved"] | None = None
 
 
 @dataclass(frozen=True, slots=True)

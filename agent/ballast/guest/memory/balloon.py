@@ -20,12 +20,18 @@ from ballast.guest.linux.tree import Tree
 from ballast.guest.memory import holder_protocol as protocol
 from ballast.guest.memory.decisions import Decisions
 from ballast.guest.memory.floor import Readings, read_now, room_bytes
-from ballast.guest.memory.holder_client import HeldChunk, HolderConnection, HolderLost, merged
+from ballast.guest.memory.holder_client import HeldChunk, HolderConnection, HolderLost, is_holder_running, merged
 from ballast.guest.memory.holder_protocol import CHUNK_BYTES, GRAIN_BYTES
 from ballast.guest.memory.kernel_balloon import BalloonMode, refusal
 from ballast.wire.errors import AgentError, KernelFailure, NoSuchId, NotSupported
-from ballast.wire.memory_names import BalloonDeflated, BalloonInflated, BalloonRanges, BalloonState, Ranges
-from ballast.wire.names import ProcessState
+from ballast.wire.memory_names import (
+    BalloonDeflated,
+    BalloonInflated,
+    BalloonRanges,
+    BalloonState,
+    ChangeReason,
+    Ranges,
+)
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +41,6 @@ GIVE_S = 30.0
 # After it gave way a host's loop may still be asking for more: what was asked for before is not given.
 HOLD_OFF_S = 10.0
 _MOVED = "pages of the balloon have moved although they are pinned"
-_HOLDER_CGROUP = "sys/fs/cgroup/ballast.slice/ballast-balloon.service/cgroup.procs"
 
 
 class Balloon:
@@ -63,6 +68,7 @@ class Balloon:
         self._unreached_bytes = 0  # what a holder that does not answer had when it last did
         self._held: HeldChunk | None = None
         self._has_moved = False
+        self._looked_at = 0  # the chunk that was looked at last
         self._gave_way_at_s = float("-inf")
 
     @property
@@ -72,32 +78,14 @@ class Balloon:
             return self._holder.total_bytes
         return self._unreached_bytes or (self._held.bytes if self._held else 0)
 
-    @property
-    def generation(self) -> int:
-        """Another number whenever what it holds has changed."""
-        return self._holder.generation if self._holder is not None else 0
-
     def state(self) -> BalloonState:
         """What it holds, and was last told to hold."""
-        return BalloonState(self.bytes, self.target_bytes)
-
-    def holder_state(self) -> ProcessState:
-        """Whether the holder holds something, waits, or is not running; without asking it."""
-        if self.bytes:
-            return "active"
-        return "idle" if self._is_holder_running() else "stopped"
-
-    def pin(self) -> str | None:
-        """How pages are pinned: "io_uring", or None where the administrator has switched it off."""
-        try:
-            return None if self._tree.read("proc/sys/kernel/io_uring_disabled") == "2" else "io_uring"
-        except OSError:  # before Linux 6.6 there is no such switch
-            return "io_uring"
+        return BalloonState(self.bytes, self.target_bytes, fault="moved" if self._has_moved else None)
 
     async def recover(self) -> None:
         """Find an earlier agent's balloon again. Never raises."""
         try:
-            if self._is_holder_running():
+            if is_holder_running(self._tree):
                 await self._reach()
         except AgentError as error:
             log.warning("cannot take over the balloon: %s", error.desc)
@@ -110,6 +98,8 @@ class Balloon:
         KernelFailure, DeadlineExceeded. Blocks for up to TAKE_S.
         """
         async with self._lock:
+            if self._held is not None:
+                await self._verify(self._held.id - 1)  # it was told a while ago
             if self._held is None:
                 self.target_bytes = target_bytes
                 await self._take(target_bytes - self.bytes)
@@ -146,52 +136,58 @@ class Balloon:
 
     async def give_way(self, bytes_: int) -> BalloonDeflated:
         """Give back that much, as far as the host has acknowledged it, and take no more until told again."""
-        self._gave_way_at_s = time.monotonic()
         return await self._deflate(lambda: max(0, self.bytes - bytes_), "pressure")
 
+    async def give_back_before_sleep(self) -> BalloonDeflated:
+        """Give all of it back, since a hibernation's image has no holes, and take no more until told again."""
+        return await self._deflate(lambda: 0, "suspend")
+
+    async def look_again(self) -> None:
+        """Look up the frames of one chunk, the next each time. KernelFailure if one has moved, DeadlineExceeded."""
+        async with self._lock:
+            if not self._has_moved:
+                chunk = await self._verify(self._looked_at) or await self._verify(0)
+                self._looked_at = chunk[0] if chunk else 0
+
     async def _deflate(self, target: Callable[[], int], cause: str) -> BalloonDeflated:
+        if cause != "deflate":
+            self._gave_way_at_s = time.monotonic()
         if self._holder is not None:
             self._holder.hurry()
         async with self._lock:
             before_bytes, target_bytes = self.bytes, target()
             ranges = await self._release_acked(target_bytes)
-            if self._held is not None and self.bytes > target_bytes and cause == "deflate":
+            if self._held is not None and self.bytes > target_bytes and cause != "pressure":
                 ranges = ranges + self._held.ranges
                 await self._release_held(cause)
-            self.target_bytes = min(target_bytes, self.bytes) if cause == "deflate" else self.bytes
+            self.target_bytes = min(target_bytes, self.bytes) if cause != "pressure" else self.bytes
             if given_bytes := before_bytes - self.bytes:
                 self._tell(cause)
-            if given_bytes and cause == "deflate":  # who has it give way knows why
-                self._decisions.note("deflated", "asked", given_bytes, target_bytes=target_bytes)
-            self._leave_if_empty()
+            if given_bytes and cause != "pressure":  # who has it give way knows why
+                reason: ChangeReason = "suspend" if cause == "suspend" else "asked"
+                self._decisions.note("deflated", reason, given_bytes, target_bytes=target_bytes)
+            if self._holder is not None and not self._holder.total_bytes:
+                self._holder.close()
+                self._holder = None
             return BalloonDeflated(given_bytes, self.bytes, merged(ranges))
 
     async def ranges(self) -> BalloonRanges:
-        """All that is held, each frame looked up in pagemap now.
-
-        KernelFailure if one is not where it was: the pin does not hold here, and nothing more is taken.
-        """
+        """All that is held, each frame looked up in pagemap now. KernelFailure if one has moved: no more is taken."""
         async with self._lock:
             ranges: Ranges = []
             after = 0
-            while answer := await self._ask({"op": "ranges", "after": after}):
-                if answer["moved"]:
-                    self._has_moved = True
-                    raise KernelFailure(_MOVED, operation="pin")
-                if answer["chunk"] is None:
-                    break
-                after, _bytes, chunk_ranges, _fd = answer["chunk"]
+            while chunk := await self._verify(after):
+                after, _bytes, chunk_ranges, _fd = chunk
                 ranges = ranges + chunk_ranges
             if self._holder is None and self._held is not None:
                 ranges = self._held.ranges
-            return BalloonRanges(self._boot_id, self.generation, self.bytes, merged(ranges))
+            generation = self._holder.generation if self._holder is not None else 0
+            return BalloonRanges(self._boot_id, generation, self.bytes, merged(ranges))
 
     async def close(self) -> None:
         """Before the agent leaves: give back the chunk that after it nobody would hold, since the holder is gone."""
-        if self._is_holder_running():
-            return
         async with self._lock:
-            if self._held is not None:
+            if self._held is not None and not is_holder_running(self._tree):
                 with contextlib.suppress(AgentError):  # that its holder is gone we know, heard of or not
                     await self._release_held("holder-lost")
 
@@ -218,9 +214,25 @@ class Balloon:
         self._tell("inflate")
         self._decisions.note("inflated", "asked", self._held.bytes, **numbers)
 
+    async def _verify(self, after: int) -> list[Any] | None:
+        """The first chunk after that id, its frames looked up now; None if there is none. KernelFailure if one moved.
+
+        Then the chunk without an ack is given back, as its frames may be another's; what is punched harms nobody.
+        """
+        answer = await self._ask({"op": "ranges", "after": after})
+        if answer is None or not answer["moved"]:
+            return answer["chunk"] if answer else None
+        if not self._has_moved:
+            self._has_moved = True
+            log.error("%s: it takes no more, and the host is told", _MOVED)
+            self._tell("moved")
+            if self._held is not None:
+                await self._release_held("moved")
+        raise KernelFailure(_MOVED, operation="pin")
+
     async def _reach(self) -> HolderConnection | None:
         """The connection to a running holder; None if none runs."""
-        if self._holder is None and self._is_holder_running():
+        if self._holder is None and is_holder_running(self._tree):
             return await self._connect()
         self._unreached_bytes = 0
         return self._holder
@@ -256,23 +268,14 @@ class Balloon:
         held = self._held
         assert held is not None
         left_bytes = self.bytes - held.bytes
-        self._events.publish(
-            "BALLAST_BALLOON",
-            {"cause": cause, "total-bytes": left_bytes, "chunk": held.id, "ranges": merged(held.ranges)},
-        )
+        about = {"chunk": held.id, "ranges": merged(held.ranges)}
+        self._events.publish("BALLAST_BALLOON", {"cause": cause, "total-bytes": left_bytes} | about)
         self._held = None
         try:
             await self._ask({"op": "release", "of": held.id, "bytes": held.bytes})
         finally:
             held.release()
         self.target_bytes = min(self.target_bytes, left_bytes)
-
-    def _leave_if_empty(self) -> None:
-        if self._holder is not None and not self._holder.total_bytes:
-            self._holder.close()
-            self._holder = None
-
-    # Anywhere.
 
     def _lost(self, is_gone: bool) -> None:
         """The holder is gone, and so is all that it held alone; or it only does not answer."""
@@ -295,9 +298,3 @@ class Balloon:
 
     def _room_bytes(self, now: Readings) -> int:
         return 0 if time.monotonic() < self._gave_way_at_s + HOLD_OFF_S else room_bytes(now)
-
-    def _is_holder_running(self) -> bool:
-        try:
-            return bool(self._tree.read(_HOLDER_CGROUP))
-        except OSError:
-            return False

@@ -11,12 +11,15 @@ from collections.abc import Callable
 from typing import Any
 
 from ballast.guest.linux.pidfd import copy_descriptor
+from ballast.guest.linux.tree import Tree
 from ballast.guest.linux.uring import Ring
 from ballast.guest.memory import holder_protocol as protocol
 from ballast.wire.errors import AgentError, DeadlineExceeded, KernelFailure, NotSupported
 from ballast.wire.memory_names import Ranges
+from ballast.wire.names import ProcessState
 
 _RETRY_S = 0.1
+_HOLDER_CGROUP = "sys/fs/cgroup/ballast.slice/ballast-balloon.service/cgroup.procs"
 _IO_URING_OFF = (errno.ENOSYS, errno.EPERM)
 
 
@@ -180,6 +183,29 @@ class HolderConnection:
             self.close()
             self._messages.put_nowait(None)
             self._lost(is_gone)
+
+
+def pin(tree: Tree) -> str | None:
+    """How pages are pinned: "io_uring", or None where the administrator has switched it off."""
+    try:
+        return None if tree.read("proc/sys/kernel/io_uring_disabled") == "2" else "io_uring"
+    except OSError:  # before Linux 6.6 there is no such switch
+        return "io_uring"
+
+
+def is_holder_running(tree: Tree) -> bool:
+    """Whether there is one, without asking it."""
+    try:
+        return bool(tree.read(_HOLDER_CGROUP))
+    except OSError:
+        return False
+
+
+def holder_state(tree: Tree, held_bytes: int) -> ProcessState:
+    """Whether the holder holds something, waits, or is not running; without asking it."""
+    if held_bytes:
+        return "active"
+    return "idle" if is_holder_running(tree) else "stopped"
 
 
 def merged(ranges: Ranges) -> Ranges:

@@ -43,7 +43,7 @@ STALL_MAX_S = 1.0
 WINDOW_MAX_S = 0.5  # of 95 of 100
 TIMEOUT_S = 300.0
 STALL_S = 10.0
-TARGET_BYTES = 8 << 30
+TARGET_BYTES = 16 << 30  # 40 increments of what the writers write meanwhile
 
 
 @contextmanager

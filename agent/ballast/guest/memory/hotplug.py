@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 LEFT_OFFLINE_PATH = Path("/run/ballast/blocks.json")
 RETRY_FIRST_S, RETRY_MOST_S = 1.0, 64.0
 CHANCE_S = 2.0  # udev takes 1.4 s for 64 blocks, in an idle guest under emulation
+STORM_S = 0.01
 READ_EVERY_S, READ_AFTER_BLOCKS = 0.5, 64  # the kernel keeps some 250 uevents for us
 
 
@@ -60,7 +61,7 @@ class Hotplug:
         # The thread that onlines takes from its left end, while uevents add to the right one.
         self._added: deque[int] = deque()
         self._by_others: list[int] = []
-        self._are_new = False
+        self._are_new = self._is_storm = False
         self._wake = asyncio.Event()
         self._is_under_way = False
         self._may_hear = asyncio.Event()
@@ -74,10 +75,13 @@ class Hotplug:
             self._take_in(uevent.action, int(uevent.name[6:]))
 
     async def wait_to_hear(self) -> None:
-        """Wait while blocks come online one after another: for 64 of them and half a second at most.
+        """Wait 10 ms where blocks have just come, and while they come online, for 64 of them and half a second at most.
 
         Each of them is a uevent, and of two threads of Python one runs: to read each at once took twice as long.
         """
+        if self._is_storm and not self._is_under_way:
+            self._is_storm = False
+            await asyncio.sleep(STORM_S)
         if self._is_under_way:
             self._may_hear.clear()
             with contextlib.suppress(TimeoutError):
@@ -158,7 +162,7 @@ class Hotplug:
 
     def _take_in(self, action: str, index: int) -> None:
         if action == "add":
-            self._are_new = True
+            self._are_new = self._is_storm = True
             self._add(index)
         elif action == "remove":
             self._retry.forget([index])

@@ -17,7 +17,7 @@ from ballast.guest.linux.tree import Tree
 from ballast.guest.linux.uevents import Uevent
 from ballast.guest.memory.backoff import Backoff
 from ballast.guest.memory.blocks import MEMORY, Blocks
-from ballast.guest.memory.hotplug import Hotplug
+from ballast.guest.memory.hotplug import STORM_S, Hotplug
 from ballast.guest.memory.leaving import LEAVING_S, Leaving
 from ballast.guest.memory.onliners import Onliners
 from ballast.wire.message import Event
@@ -218,6 +218,18 @@ async def test_lost_uevents_make_it_look_anew(guest: Guest) -> None:
     hotplug.hear(None)
     _, blocks = await guest.next_event()
     assert [block["phys-index"] for block in blocks] == [36]
+
+
+async def test_uevents_are_read_at_once_but_in_a_storm(guest: Guest) -> None:
+    hotplug = guest.start()
+    await guest.next_event()
+    loop = asyncio.get_running_loop()
+    for action, least_s in (("online", 0.0), ("add", STORM_S), ("online", 0.0)):
+        hotplug.hear(uevent(action, 36))
+        began_s = loop.time()
+        async with asyncio.timeout(10):
+            await hotplug.wait_to_hear()
+        assert loop.time() - began_s >= least_s
 
 
 async def test_a_removed_block_is_told_and_forgotten(guest: Guest) -> None:

@@ -8,7 +8,7 @@ DEBS   := dist/.complete
 # The same as another version, for trying upgrades and downgrades.
 NEXT   := dist/next/.complete
 
-.PHONY: help deps venv lint packages test test-unit test-kernel test-vm demo faults crash balloon-faults balloon-trials dimms backups backup-trials idle bench clean
+.PHONY: help deps venv lint packages test test-unit test-kernel test-vm demo faults crash balloon-faults balloon-trials balloon-rounds balloon-killed dimms backups backup-trials idle bench clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -51,6 +51,13 @@ balloon-faults: $(VENV) $(DEBS) ## everything that may come between a chunk's an
 
 balloon-trials: $(VENV) $(DEBS) ## the balloon pinned, lied about and needed back, ten times each
 	.venv/bin/python -m tests.vm.balloon_trials
+
+# May be interrupted: rounds in the file of results are not run again.
+balloon-rounds: $(VENV) $(DEBS) ## 1000 times in and out, with compaction, offlining and load; hours
+	.venv/bin/python -m tests.vm.balloon_rounds --results dist/balloon-rounds.jsonl
+
+balloon-killed: $(VENV) $(DEBS) ## 16 GiB in the balloon, and its holder killed: needs 20 GiB
+	.venv/bin/python -m tests.vm.balloon_killed
 
 dimms: $(VENV) $(DEBS) ## a hundred DIMMs that come, are used and go, in a guest
 	.venv/bin/python -m tests.vm.dimms

@@ -1,4 +1,4 @@
-"""The balloon of a guest whose memory lies on both sides of 4 GiB: a round of balloon_trials'.
+"""The balloon of a guest whose memory lies on both sides of 4 GiB: rounds of balloon_rounds and of balloon_trials.
 
 The third of them is test_balloon's.
 """
@@ -15,6 +15,7 @@ from ballast.host.qemu import Qemu
 from ballast.host.reclaim import release
 from tests.lab.guest import Guest
 from tests.vm.balloon_faults import order
+from tests.vm.balloon_rounds import run_round
 from tests.vm.balloon_trials import run_forged, run_pins
 from tests.vm.parted import DROP_ALL, LEFT_MIB, PAGE_BYTES, boot, held_page
 
@@ -26,6 +27,12 @@ def parted() -> Iterator[Guest]:
     """A guest of its own."""
     with boot("trixie") as guest:
         yield guest
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_in_and_out(parted: Guest, measured: Callable[[str], None], number: int) -> None:
+    """A short run of balloon_rounds (`make balloon-rounds` is the long one). First, while there is no DIMM."""
+    measured(f"the balloon in and out: {run_round(parted, 1, number)}")
 
 
 async def test_frames_of_the_balloon_stay_where_they_are(parted: Guest, measured: Callable[[str], None]) -> None:

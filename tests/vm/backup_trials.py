@@ -153,7 +153,7 @@ class Trial:
         source = witnessed(self.guest, dict, self.folder)
         made = asyncio.run(back_up(source, self.guest, self.folder, incremental=True))
         with restored(self.catalog, made, self.folder / "restored") as images:
-            wrong = [f"{name} differs" for name in differing(images, source.reference)]
+            wrong = differing(images, source.reference)
         shutil.rmtree(source.reference)
         return wrong
 

@@ -44,7 +44,7 @@ def examine(load: Loaded, folder: Path, backup: Backup, acknowledged: Acknowledg
     """Restore a backup, compare it, boot it, and look for what was acknowledged."""
     started_s = time.monotonic()
     with restored(Catalog(folder / "backups", VM), backup, folder / "restored") as images:
-        complaints = [f"{name} differs" for name in differing(images, folder / backup.id)]
+        complaints = differing(images, folder / backup.id)
         shutil.rmtree(folder / backup.id)
         snapshot = snapshot_of(images, acknowledged)
         with booted(load.guest, images) as fresh:
